@@ -1,0 +1,20 @@
+"""The triplet loss with online mining: exact, in linear memory, as a drop-in ``torch.nn.Module``."""
+
+__version__ = "0.1.0"
+
+from . import functional
+from ._info import build_info, explain
+from .functional import TripletStats
+from .losses import TripletLoss, TripletMarginLoss
+from .mining import Triplets, mine
+
+__all__ = [
+    "TripletLoss",
+    "TripletMarginLoss",
+    "TripletStats",
+    "Triplets",
+    "build_info",
+    "explain",
+    "functional",
+    "mine",
+]

@@ -1,0 +1,59 @@
+"""torch.autograd.Functions around the operators.
+
+First gradients come from the backward operators. When a graph of the gradient is asked for
+(``create_graph=True``), backward runs the reference's differentiable form of the same formula instead.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _ops, reference
+
+
+def _differentiable() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class ExplicitTripletLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor, positive, negative, *options):
+        loss, distances, stats = _ops.triplet_loss(anchor, positive, negative, *options)
+        ctx.save_for_backward(anchor, positive, negative, distances, stats)
+        ctx.options = options
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        grads = (None, None, None)
+        if grad is not None:
+            backward = reference.triplet_loss_backward if _differentiable() else _ops.triplet_loss_backward
+            grads = backward(grad, *ctx.saved_tensors, *ctx.options)
+        return *grads, *(None,) * len(ctx.options)
+
+
+class IndexedTripletLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, embeddings, references, anchor, positive, negative, *options):
+        inputs = (embeddings, references, anchor, positive, negative)
+        loss, distances, stats = _ops.indexed_triplet_loss(*inputs, *options)
+        ctx.save_for_backward(*inputs, distances, stats)
+        ctx.options = options
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        own = other = None
+        if grad is not None:
+            if _differentiable():
+                backward = reference.indexed_triplet_loss_backward
+            else:
+                backward = _ops.indexed_triplet_loss_backward
+            own, other = backward(grad, *ctx.saved_tensors, *ctx.options)
+            if ctx.saved_tensors[1] is None:
+                other = None
+        return own, other, None, None, None, *(None,) * len(ctx.options)

@@ -1,0 +1,190 @@
+"""The losses as functions. Each checks its arguments, then runs one autograd.Function.
+
+Definition: with distance d and margin m, a triplet (a, p, n) has t = d(a, p) - d(a, n) + m and the loss
+max(0, t) (Schroff, Kalenichenko, Philbin: FaceNet, 2015), or log(1 + exp(t)) with ``soft_margin`` (Hermans,
+Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification, 2017).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from . import _checks, _ops
+from ._autograd import ExplicitTripletLoss, IndexedTripletLoss
+from .mining import PRESETS, Triplets
+
+__all__ = ["TripletStats", "indexed_triplet_loss", "mined_triplet_loss", "triplet_loss"]
+
+
+class TripletStats(NamedTuple):
+    """What one call of a loss saw: detached 0-d tensors on the device of the embeddings; reading one of their
+    values is what waits for the device, nothing before.
+
+    Attributes:
+        anchors: anchors with at least one triplet, int64.
+        triplets: triplets, int64.
+        active: triplets with a loss above 0, int64.
+        positive_distance: mean d(a, p) over the triplets; NaN where there is none.
+        negative_distance: mean d(a, n) over the triplets, after ``swap``; NaN where there is none.
+    """
+
+    anchors: Tensor
+    triplets: Tensor
+    active: Tensor
+    positive_distance: Tensor
+    negative_distance: Tensor
+
+
+def stats_of(packed: Tensor) -> TripletStats:
+    """The operators' five numbers, by name."""
+    counts = packed[:3].to(torch.int64)
+    return TripletStats(*counts.unbind(), *packed[3:].unbind())
+
+
+# The functions below return (loss, packed statistics) to the modules, and the loss alone to everyone else.
+
+
+def explicit_with_stats(anchor, positive, negative, options, p, eps) -> tuple[Tensor, Tensor]:
+    margin, distance, swap, soft_margin, reduction = options
+    shape, width = anchor.shape[:-1], anchor.shape[-1]
+    if anchor.dim() != 2:
+        count = shape.numel()  # reshape can't infer it where D is 0
+        anchor, positive, negative = (x.reshape(count, width) for x in (anchor, positive, negative))
+    loss, stats = ExplicitTripletLoss.apply(
+        anchor, positive, negative, margin, distance, p, eps, swap, soft_margin, reduction
+    )
+    if reduction == "none" and len(shape) != 1:
+        loss = loss.reshape(shape)
+    if loss.dtype != anchor.dtype and not _checks.autocast(anchor):
+        loss = loss.to(anchor.dtype)
+    return loss, stats
+
+
+def mined_with_stats(batch, options) -> tuple[Tensor, Tensor]:
+    margin, distance, swap, soft_margin, reduction = options
+    embeddings, _, references, _, _ = batch
+    with torch.no_grad():
+        positive, negative = _ops.select_hardest(*batch, distance)
+    return IndexedTripletLoss.apply(
+        embeddings, references, None, positive, negative, margin, distance, swap, soft_margin, reduction
+    )
+
+
+def indexed_with_stats(inputs, options) -> tuple[Tensor, Tensor]:
+    margin, distance, swap, soft_margin, reduction = options
+    return IndexedTripletLoss.apply(*inputs, margin, distance, swap, soft_margin, reduction)
+
+
+def triplet_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    margin: float = 1.0,
+    distance: str = "squared_euclidean",
+    soft_margin: bool = False,
+    swap: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """The triplet loss of given triplets, row by row.
+
+    Args:
+        anchor, positive, negative: three tensors of one shape [..., D] and one dtype out of float32, float64,
+            float16, bfloat16; any strides.
+        margin: m, finite and at least 0, in units of the distance.
+        distance: ``"squared_euclidean"``: sum((x - y)**2); ``"euclidean"``: its root, with derivative 0 at 0;
+            ``"cosine"``: 1 - x.y / (max(|x|, 1e-8) max(|y|, 1e-8)).
+        soft_margin: log(1 + exp(t)) in place of max(0, t).
+        swap: d(a, n) is replaced by d(p, n) where that is smaller (Balntas et al.: Learning Local Feature
+            Descriptors with Triplets and Shallow Convolutional Neural Networks, 2016).
+        reduction: ``"mean"`` over all triplets; ``"mean_active"`` over those with a loss above 0; ``"sum"``;
+            ``"none"``: one loss a triplet, shape [...].
+
+    Returns:
+        The loss, 0-d or [...], in the dtype of the inputs (float32 under autocast). 0 where there is no
+        triplet. A row that holds NaN or Inf makes the loss NaN.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+    """
+    options = _checks.options(margin, distance, soft_margin, swap, reduction)
+    rows = _checks.explicit(anchor, positive, negative)
+    return explicit_with_stats(*rows, options, 2.0, 0.0)[0]
+
+
+def mined_triplet_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    mining: str = "batch_hard",
+    margin: float = 1.0,
+    distance: str = "squared_euclidean",
+    soft_margin: bool = False,
+    swap: bool = False,
+    reduction: str = "mean",
+    ref_embeddings: Optional[Tensor] = None,
+    ref_labels: Optional[Tensor] = None,
+    ref_offset: Optional[int] = None,
+) -> Tensor:
+    """The triplet loss of the triplets that a strategy mines from a batch, in linear memory.
+
+    Anchors that lack a positive or a negative have no triplet and do not count. The selection is exact (see
+    :func:`triplet_ext.mine`); the loss is measured on the selected pairs in float32 (float64 for float64).
+
+    Args:
+        embeddings: [B, D], float32, float64, float16 or bfloat16, any strides.
+        labels: [B], any integer dtype, compared as 64-bit values.
+        mining: ``"batch_hard"``.
+        margin, distance, soft_margin, swap: see :func:`triplet_loss`. ``swap`` acts when the loss is measured,
+            not when negatives are chosen.
+        reduction: ``"mean"`` over all mined triplets; ``"mean_active"`` over those with a loss above 0;
+            ``"sum"``; ``"none"``: the sum of each anchor's losses, [B].
+        ref_embeddings: [R, D]: where positives and negatives are taken from. Gradients flow to both.
+        ref_labels: [R], required with ``ref_embeddings``.
+        ref_offset: anchor i is reference ``ref_offset + i`` and not its own positive. Default: the references
+            are other items than the anchors, and nobody is left out.
+
+    Returns:
+        The loss, 0-d or [B], float32 (float64 for float64). 0, with zero gradients, where there is no triplet.
+        A row that holds NaN or Inf makes the loss NaN: it is selected before all others.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+    """
+    _checks.choice("mining", mining, PRESETS)
+    options = _checks.options(margin, distance, soft_margin, swap, reduction)
+    batch = _checks.batch(embeddings, labels, ref_embeddings, ref_labels, ref_offset)
+    return mined_with_stats(batch, options)[0]
+
+
+def indexed_triplet_loss(
+    embeddings: Tensor,
+    triplets: Triplets,
+    *,
+    margin: float = 1.0,
+    distance: str = "squared_euclidean",
+    soft_margin: bool = False,
+    swap: bool = False,
+    reduction: str = "mean",
+    ref_embeddings: Optional[Tensor] = None,
+) -> Tensor:
+    """The triplet loss of triplets given as row numbers.
+
+    Args:
+        embeddings: [B, D], float32, float64, float16 or bfloat16, any strides.
+        triplets: :class:`triplet_ext.Triplets` of int64 tensors [T].
+        margin, distance, soft_margin, swap, reduction: see :func:`triplet_loss`; ``"none"`` gives [T].
+        ref_embeddings: [R, D]: what ``positive`` and ``negative`` index. Default: the embeddings.
+
+    Returns:
+        The loss, 0-d or [T], float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got; an index out of range
+            among them (on the CPU; where looking would make the device wait, such a triplet is NaN).
+    """
+    options = _checks.options(margin, distance, soft_margin, swap, reduction)
+    return indexed_with_stats(_checks.indexed(embeddings, triplets, ref_embeddings), options)[0]

@@ -1,0 +1,168 @@
+"""The losses as modules: options and documentation, no arithmetic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Optional, overload
+
+import torch
+from torch import Tensor
+
+from . import _checks, functional
+from .functional import TripletStats
+from .mining import PRESETS, Triplets
+from .reference import P_NORM
+
+
+class TripletLoss(torch.nn.Module):
+    """The triplet loss, over given triplets or with online mining.
+
+    ::
+
+        loss = TripletLoss(margin=0.2)
+        loss(anchor, positive, negative)                 # three [..., D]
+        loss(embeddings, labels)                         # [B, D] and [B]: mines the triplets
+        loss(embeddings, labels, ref_embeddings=memory, ref_labels=memory_labels)
+        loss(embeddings, triplets=Triplets(a, p, n))     # row numbers
+        loss.stats.active                                # of the last call, without waiting for the device
+
+    Args:
+        margin: m, finite and at least 0, in units of the distance.
+        distance: ``"squared_euclidean"``, ``"euclidean"`` or ``"cosine"``.
+        mining: the strategy of the mined form, ``"batch_hard"``.
+        soft_margin: log(1 + exp(t)) in place of max(0, t), where t = d(a, p) - d(a, n) + m.
+        swap: d(a, n) is replaced by d(p, n) where that is smaller.
+        reduction: ``"mean"``, ``"mean_active"``, ``"sum"`` or ``"none"``.
+
+    The three forms are :func:`triplet_ext.functional.triplet_loss`,
+    :func:`~triplet_ext.functional.mined_triplet_loss` and
+    :func:`~triplet_ext.functional.indexed_triplet_loss`; shapes, dtypes and errors are documented there.
+    """
+
+    def __init__(
+        self,
+        margin: float = 1.0,
+        *,
+        distance: str = "squared_euclidean",
+        mining: str = "batch_hard",
+        soft_margin: bool = False,
+        swap: bool = False,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.margin = _checks.margin(margin)
+        self.distance = _checks.choice("distance", distance, _checks.DISTANCES)
+        self.mining = _checks.choice("mining", mining, PRESETS)
+        self.soft_margin = _checks.flag("soft_margin", soft_margin)
+        self.swap = _checks.flag("swap", swap)
+        self.reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        self._stats: Optional[Tensor] = None
+
+    def extra_repr(self) -> str:
+        names = ("margin", "distance", "mining", "soft_margin", "swap", "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    @property
+    def stats(self) -> TripletStats:
+        """:class:`~triplet_ext.functional.TripletStats` of the last call. RuntimeError before the first."""
+        if self._stats is None:
+            raise RuntimeError("stats describe the last call, and this loss has not been called yet")
+        return functional.stats_of(self._stats)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stats": None}
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor: ...
+        @overload
+        def __call__(
+            self,
+            embeddings: Tensor,
+            labels: Tensor,
+            *,
+            ref_embeddings: Optional[Tensor] = None,
+            ref_labels: Optional[Tensor] = None,
+            ref_offset: Optional[int] = None,
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self, embeddings: Tensor, *, triplets: Triplets, ref_embeddings: Optional[Tensor] = None
+        ) -> Tensor: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def forward(
+        self,
+        embeddings: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        negative: Optional[Tensor] = None,
+        *,
+        triplets: Optional[Triplets] = None,
+        ref_embeddings: Optional[Tensor] = None,
+        ref_labels: Optional[Tensor] = None,
+        ref_offset: Optional[int] = None,
+        anchor: Optional[Tensor] = None,
+        positive: Optional[Tensor] = None,
+    ) -> Tensor:
+        options = (self.margin, self.distance, self.swap, self.soft_margin, self.reduction)
+        references = {"ref_embeddings": ref_embeddings, "ref_labels": ref_labels, "ref_offset": ref_offset}
+        if negative is not None or anchor is not None or positive is not None:
+            form = "loss(anchor, positive, negative)"
+            first = _either("anchor", anchor, "embeddings", embeddings, form)
+            second = _either("positive", positive, "labels", labels, form)
+            _absent(form, triplets=triplets, **references)
+            if first is None or second is None or negative is None:
+                raise TypeError(f"{form} takes three tensors, got {_count(first, second, negative)}")
+            rows = _checks.explicit(first, second, negative)
+            loss, stats = functional.explicit_with_stats(*rows, options, 2.0, 0.0)
+        elif triplets is not None:
+            _absent("loss(embeddings, triplets=...)", labels=labels, ref_labels=ref_labels, ref_offset=ref_offset)
+            inputs = _checks.indexed(embeddings, triplets, ref_embeddings)
+            loss, stats = functional.indexed_with_stats(inputs, options)
+        else:
+            if embeddings is None or labels is None:
+                raise TypeError(
+                    "loss takes (anchor, positive, negative), (embeddings, labels) or (embeddings, triplets=...),"
+                    f" got {_count(embeddings, labels)} of (embeddings, labels)"
+                )
+            batch = _checks.batch(embeddings, labels, *references.values())
+            loss, stats = functional.mined_with_stats(batch, options)
+        if not torch.compiler.is_exporting():  # an exported program keeps no state
+            self._stats = stats
+        return loss
+
+
+def _count(*arguments: Optional[Tensor]) -> int:
+    return sum(x is not None for x in arguments)
+
+
+def _either(name: str, value: Optional[Tensor], other: str, positional: Optional[Tensor], form: str):
+    if value is not None and positional is not None:
+        raise TypeError(f"{form} got {name} twice: as {name}= and as its first arguments or as {other}=")
+    return positional if value is None else value
+
+
+def _absent(form: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise TypeError(f"{form} takes no {name}")
+
+
+class TripletMarginLoss(torch.nn.TripletMarginLoss):
+    """``torch.nn.TripletMarginLoss``, fused: same signature, values, first and second gradients.
+
+    max(0, d(a, p) - d(a, n) + margin) with d(x, y) = ``|x - y + eps|_p``, over inputs of shape [D] or [N, D];
+    the conventions of torch.nn hold where ours differ: a derivative of 1 at t = 0, halves where ``swap`` ties,
+    inputs that broadcast.
+
+    Args:
+        margin, p, eps, swap, size_average, reduce, reduction: as in ``torch.nn.TripletMarginLoss``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+    """
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        rows = _checks.explicit(*_checks.broadcast(anchor, positive, negative))
+        options = (float(self.margin), P_NORM, bool(self.swap), False, self.reduction)
+        return functional.explicit_with_stats(*rows, options, float(self.p), float(self.eps))[0]

@@ -23,6 +23,7 @@ REDUCTIONS = ("mean", "mean_active", "sum", "none")
 P_NORM = "p_norm"
 
 _COSINE_FLOOR = 1e-8  # of a norm, as in torch.nn.functional.cosine_similarity
+_COSINE_TIE = 2.0**-48
 _BLOCK_BYTES = 32 << 20  # of float64 distances held at a time by the selection
 
 
@@ -62,6 +63,8 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def pair_distance(x: Tensor, y: Tensor, measure: Measure) -> Tensor:
     """d(x, y) along the last dimension, free of cancellation: [T, D], [T, D] -> [T]."""
     if measure.distance == P_NORM:
+        if x.shape[-1] == 0:  # vector_norm refuses p = inf there
+            return x.sum(-1)
         return torch.linalg.vector_norm(x - y + measure.eps, measure.p, -1)
     if measure.distance == "cosine":
         u, _, lack_u = _unit(x)
@@ -76,7 +79,7 @@ def pair_distance(x: Tensor, y: Tensor, measure: Measure) -> Tensor:
 
 def _p_norm_derivative(x: Tensor, p: float) -> Tensor:
     """d|x|_p / dx along the last dimension, with torch's conventions at 0 and between equal maxima."""
-    if p == 0:
+    if p == 0 or x.shape[-1] == 0:
         return torch.zeros_like(x)
     if p == 1:
         return x.sgn()
@@ -151,7 +154,7 @@ def _loss(t: Tensor, measure: Measure) -> Tensor:
 def _slope(t: Tensor, measure: Measure) -> Tensor:
     """dloss / dt."""
     if measure.distance == P_NORM:
-        return (t >= 0).to(t.dtype)
+        return torch.where(t.isnan(), math.nan, (t >= 0).to(t.dtype))
     slope = torch.sigmoid(t) if measure.soft_margin else (t > 0).to(t.dtype)
     return torch.where(t.isfinite(), slope, math.nan)
 
@@ -331,17 +334,19 @@ def indexed_triplet_loss_backward(
 def select_hardest(embeddings, labels, references, reference_labels, reference_offset, distance):
     """The farthest positive and the nearest negative of each anchor, int64 [B] each; -1 where there is none.
 
-    Distances are taken in float64 from the differences themselves, so that equal rows tie exactly; ties go to
-    the lowest index. A row that is not finite comes before all others on both sides.
+    Distances are taken in float64 from the differences themselves, so that equal rows tie exactly (the cosine
+    distance has roots and quotients in it: there, what rounding can't tell apart is a tie); ties go to the lowest
+    index. A row that is not finite comes before all others on both sides.
     """
     wide = wide_dtype(embeddings.device)
     if references is None:
         references, reference_labels, reference_offset = embeddings, labels, 0
     x, r = embeddings.to(wide), references.to(wide)
-    lack_x = lack_r = None
+    tie, lack_x, lack_r = 0.0, None, None
     if distance == "cosine":
         x, _, lack_x = _unit(x)
         r, _, lack_r = _unit(r)
+        tie = _COSINE_TIE if wide == torch.float64 else 0.0
     count, total = x.shape[0], r.shape[0]
     positive = torch.full((count,), -1, dtype=torch.int64, device=x.device)
     negative = positive.clone()
@@ -353,15 +358,17 @@ def select_hardest(embeddings, labels, references, reference_labels, reference_o
         rows = slice(start, min(start + step, count))
         d = torch.cdist(x[rows], r, compute_mode="donot_use_mm_for_euclid_dist")
         if lack_x is not None and lack_r is not None:
-            d = d.square() + lack_x[rows] + lack_r.T  # twice the distance
+            d = (d.square() + lack_x[rows] + lack_r.T) / 2
         same = labels[rows, None] == reference_labels
         is_positive, is_negative = same, ~same
         if reference_offset is not None:
             own = torch.arange(rows.start, rows.stop, device=x.device) + reference_offset
             is_positive = same & (column != own[:, None])
         finite = d.isfinite()
-        farthest = torch.where(finite, d, math.inf).masked_fill(~is_positive, -1).argmax(1)
-        nearest = torch.where(finite, d, -1).masked_fill(~is_negative, math.inf).argmin(1)
+        farthest = torch.where(finite, d, math.inf).masked_fill(~is_positive, -1)
+        nearest = torch.where(finite, d, -1).masked_fill(~is_negative, math.inf)
+        farthest = (farthest >= farthest.amax(1, keepdim=True) - tie).to(torch.uint8).argmax(1)
+        nearest = (nearest <= nearest.amin(1, keepdim=True) + tie).to(torch.uint8).argmax(1)
         positive[rows] = torch.where(is_positive.any(1), farthest, -1)
         negative[rows] = torch.where(is_negative.any(1), nearest, -1)
     return positive, negative

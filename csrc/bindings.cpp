@@ -1,0 +1,41 @@
+// What this library brings: kernels of the operators for the dispatch keys that it was built for, and the
+// module triplet_ext._C with build_info(). Schemas: triplet_ext/_ops.py.
+#include <ATen/Version.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "ops.h"
+
+namespace triplet_ext {
+
+TORCH_LIBRARY_IMPL(triplet_ext, CPU, m) {
+  m.impl("triplet_loss", &triplet_loss_cpu);
+  m.impl("triplet_loss_backward", &triplet_loss_backward_cpu);
+  m.impl("indexed_triplet_loss", &indexed_triplet_loss_cpu);
+  m.impl("indexed_triplet_loss_backward", &indexed_triplet_loss_backward_cpu);
+  m.impl("select_hardest", &select_hardest_cpu);
+}
+
+static pybind11::dict build_info() {
+  pybind11::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+  info["built_for_torch"] = TORCH_VERSION;
+  info["cpu"] = true;
+  info["cpu_capability"] = at::get_cpu_capability();
+  info["cuda"] = false;
+  return info;
+}
+
+}  // namespace triplet_ext
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled kernels of triplet_ext";
+  m.def("build_info", &triplet_ext::build_info, "What this library was built with");
+}

@@ -1,0 +1,70 @@
+// The operators, each once. Schemas: triplet_ext/_ops.py. Definition: triplet_ext/reference.py.
+//
+// B embeddings, R references, T triplets, D features. `acc` is float64 for float64 and float32 for all else.
+// Every floating tensor of a call has one dtype out of float32, float64, float16, bfloat16 and any strides.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/string_view.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace triplet_ext {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using Loss = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Explicit triplets.
+//   anchor, positive, negative  [T, D]
+// Returns
+//   loss       [] or, with reduction "none", [T]; acc
+//   distances  [2, T]: d_ap, d_an; with swap [3, T]: and d_pn; acc
+//   stats      [5] float64: anchors, triplets, active, mean d_ap, mean d_an after swap
+Loss triplet_loss_cpu(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
+                      double margin, std::string_view distance, double p, double eps, bool swap,
+                      bool soft_margin, std::string_view reduction);
+
+// grad is that of the loss; distances and stats are what the forward operator returned.
+// Returns the gradients of anchor, positive and negative, [T, D] each, in their dtype.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> triplet_loss_backward_cpu(
+    const at::Tensor& grad, const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
+    const at::Tensor& distances, const at::Tensor& stats, double margin, std::string_view distance, double p,
+    double eps, bool swap, bool soft_margin, std::string_view reduction);
+
+// Triplets as row numbers.
+//   embeddings  [B, D]
+//   references  [R, D], what positive and negative index; absent: the embeddings
+//   anchor      [T] int64; absent: T = B, triplet i belongs to anchor i, and where positive or negative is -1
+//               anchor i has none
+//   positive, negative  [T] int64
+// Returns as triplet_loss.
+Loss indexed_triplet_loss_cpu(const at::Tensor& embeddings, const OptionalTensor& references,
+                              const OptionalTensor& anchor, const at::Tensor& positive,
+                              const at::Tensor& negative, double margin, std::string_view distance, bool swap,
+                              bool soft_margin, std::string_view reduction);
+
+// Returns the gradient of the embeddings, [B, D], and of the references, [R, D] ([0] where they are absent).
+// A row's contributions are added in ascending order of the triplet: the result does not depend on threads.
+std::tuple<at::Tensor, at::Tensor> indexed_triplet_loss_backward_cpu(
+    const at::Tensor& grad, const at::Tensor& embeddings, const OptionalTensor& references,
+    const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
+    const at::Tensor& distances, const at::Tensor& stats, double margin, std::string_view distance, bool swap,
+    bool soft_margin, std::string_view reduction);
+
+// Batch-hard selection.
+//   embeddings  [B, D]; labels [B] int64
+//   references  [R, D]; reference_labels [R] int64; absent: the embeddings, reference_offset 0
+//   reference_offset  anchor i is reference offset + i, and not its own positive; absent: nobody is left out
+// Returns
+//   positive  [B] int64: the farthest reference of the anchor's label, -1 if there is none
+//   negative  [B] int64: the nearest reference of another label, -1 if there is none
+// as float64 arithmetic chooses them, ties to the lowest index, rows that are not finite before all others.
+std::tuple<at::Tensor, at::Tensor> select_hardest_cpu(const at::Tensor& embeddings, const at::Tensor& labels,
+                                                      const OptionalTensor& references,
+                                                      const OptionalTensor& reference_labels,
+                                                      std::optional<int64_t> reference_offset,
+                                                      std::string_view distance);
+
+}  // namespace triplet_ext

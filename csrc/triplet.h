@@ -1,0 +1,72 @@
+// The rules of a triplet, without torch: what the options are called, and the scalar functions of the
+// definition, for host and device. t = d_ap - d_an + m is a triplet's excess.
+//
+// Everything here has internal linkage: translation units that are compiled for different instruction sets
+// include it, and a shared copy could carry instructions that the machine lacks.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define TRIPLET_FN static inline __host__ __device__
+#else
+#define TRIPLET_FN static inline
+#endif
+
+namespace triplet_ext {
+
+// PNorm is torch.nn.TripletMarginLoss's |x - y + eps|_p, and brings torch's conventions at the kinks along.
+enum class Distance : int32_t { SquaredEuclidean, Euclidean, Cosine, PNorm };
+enum class Reduction : int32_t { Mean, MeanActive, Sum, None };
+
+struct Measure {
+  double margin;
+  double p;    // of PNorm
+  double eps;  // of PNorm, added to each component of a difference
+  Distance distance;
+  bool swap;
+  bool soft_margin;
+};
+
+// Norms are not taken below this in the cosine distance (as in torch.nn.functional.cosine_similarity).
+constexpr double kCosineFloor = 1e-8;
+
+// What the statistics of a call hold, in order.
+enum Stat : int { kAnchors, kTriplets, kActive, kPositiveDistance, kNegativeDistance, kStats };
+
+// loss(t). An infinite d_an must not hide behind a loss of 0, hence NaN for every t that is not finite.
+template <typename T>
+TRIPLET_FN T triplet_loss_of(T t, const Measure& measure) {
+  if (measure.distance == Distance::PNorm) return t < 0 ? T(0) : t;
+  if (!(std::fabs(t) <= std::numeric_limits<T>::max())) return std::numeric_limits<T>::quiet_NaN();
+  const T hinge = t > 0 ? t : T(0);
+  return measure.soft_margin ? hinge + std::log1p(std::exp(-std::fabs(t))) : hinge;
+}
+
+// dloss / dt.
+template <typename T>
+TRIPLET_FN T triplet_slope_of(T t, const Measure& measure) {
+  if (measure.distance == Distance::PNorm) return t != t ? t : t >= 0 ? T(1) : T(0);
+  if (!(std::fabs(t) <= std::numeric_limits<T>::max())) return std::numeric_limits<T>::quiet_NaN();
+  if (!measure.soft_margin) return t > 0 ? T(1) : T(0);
+  const T e = std::exp(-std::fabs(t));
+  return (t >= 0 ? T(1) : e) / (1 + e);
+}
+
+// The negative distance that is measured: min(d_an, d_pn) with swap, d_an where they tie, NaN if either is.
+template <typename T>
+TRIPLET_FN T negative_distance_of(T an, T pn, bool swap) {
+  return swap && (pn < an || pn != pn) ? pn : an;
+}
+
+// The part of the slope that goes to (p, n) instead of (a, n).
+template <typename T>
+TRIPLET_FN T swapped_share_of(T an, T pn, const Measure& measure) {
+  if (!measure.swap) return 0;
+  if (measure.distance == Distance::PNorm && an == pn) return T(0.5);
+  return pn < an ? T(1) : T(0);
+}
+
+}  // namespace triplet_ext

@@ -1,7 +1,7 @@
 """Builds triplet_ext._C where that is possible, and installs without it where it is not.
 
 TRIPLET_EXT_BUILD says what to build: `auto` (the default) what the machine can, falling back to pure PyTorch;
-`cpu` the C++ kernels, or fail; `none` nothing compiled.
+`cuda` and `cpu` these kernels or an error; `none` nothing compiled.
 """
 
 import json
@@ -27,8 +27,18 @@ def sources(suffix):
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*" + suffix))
 
 
+def why_no_cuda(torch, cuda_home):
+    if not sources(".cu"):
+        return "this version of triplet_ext has no CUDA kernels yet"
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} was built without CUDA"
+    if cuda_home is None:
+        return "no CUDA toolkit (nvcc) was found when triplet_ext was installed"
+    return ""
+
+
 def extension(mode, record):
-    """The extension and its build command, or NotBuilt."""
+    """The extension and its build command, or NotBuilt. What is learnt goes into the record."""
     if mode == "none":
         raise NotBuilt("TRIPLET_EXT_BUILD=none was set when triplet_ext was installed")
     try:
@@ -43,28 +53,24 @@ def extension(mode, record):
     if shutil.which(compiler) is None:
         raise NotBuilt(f"no C++ compiler ({compiler}) was found when triplet_ext was installed")
     record["torch"] = torch.__version__
-    if not sources(".cu"):
-        record["why_no_cuda"] = "this version of triplet_ext has no CUDA kernels yet"
-    elif not torch.version.cuda:
-        record["why_no_cuda"] = f"torch {torch.__version__} was built without CUDA"
-    elif CUDA_HOME is None:
-        record["why_no_cuda"] = "no CUDA toolkit (nvcc) was found when triplet_ext was installed"
-    if mode == "cuda" and record.get("why_no_cuda"):
-        raise SystemExit("TRIPLET_EXT_BUILD=cuda: " + record["why_no_cuda"])
+    record["why_no_cuda"] = why_no_cuda(torch, CUDA_HOME)
+    if mode == "cuda" and record["why_no_cuda"]:
+        raise NotBuilt(record["why_no_cuda"])
 
+    # No -std: torch's build helper passes the one that its headers need. No -march: the kernels choose their
+    # instruction set at run time.
     flags = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden"]
     if "OpenMP" in torch.__config__.parallel_info() and sys.platform.startswith("linux"):
         # Compiled in, but not linked: at run time the symbols come from the OpenMP runtime that torch brought
         # along. A second runtime would have threads, and a number of threads, of its own.
         flags.append("-fopenmp")
-    module = CppExtension(
-        PACKAGE + "._C",
-        sources(".cpp"),
-        depends=sources(".h"),
-        extra_compile_args={"cxx": flags},
-    )
+    module = CppExtension(PACKAGE + "._C", sources(".cpp"), depends=sources(".h"), extra_compile_args={"cxx": flags})
 
     class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # a library built for another torch is not up to date; ninja knows what to reuse
+
         def run(self):
             try:
                 super().run()
@@ -72,37 +78,45 @@ def extension(mode, record):
                 if mode != "auto":
                     raise
                 record["why_no_cpu"] = f"compiling failed when triplet_ext was installed: {error}".splitlines()[0]
+                record["why_no_cuda"] = record["why_no_cpu"]
                 self.warn(f"{record['why_no_cpu']}\nThe pure-PyTorch fallback is installed instead.")
                 self.extensions = []
+            if self.inplace:
+                write(record, ROOT)
 
     return module, Build
+
+
+def write(record, directory):
+    """For build_info() and explain()."""
+    path = pathlib.Path(directory, PACKAGE, "_build.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main():
     mode = os.environ.get("TRIPLET_EXT_BUILD", "auto")
     if mode not in MODES:
         raise SystemExit(f"TRIPLET_EXT_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
-    record = {}
-    modules, commands = [], {}
+    record, modules, commands = {}, [], {}
     try:
-        module, build_ext = extension(mode, record)
-        modules, commands = [module], {"build_ext": build_ext}
+        module, commands["build_ext"] = extension(mode, record)
+        modules = [module]
     except NotBuilt as why:
-        if mode == "cpu" or mode == "cuda":
+        if mode in ("cpu", "cuda"):
             raise SystemExit(f"TRIPLET_EXT_BUILD={mode}: {why}") from None
         record["why_no_cpu"] = record["why_no_cuda"] = str(why)
 
     class BuildPy(build_py):
-        """Leaves the record of the build in the package, for build_info() and explain()."""
-
         def run(self):
             if modules:
-                self.run_command("build_ext")
-            path = ROOT / PACKAGE / "_build.json"
-            path.write_text(json.dumps(record, indent=1) + "\n")
+                self.run_command("build_ext")  # first, for its outcome belongs into the record
             super().run()
+            write(record, ROOT if self.editable_mode else self.build_lib)
 
-    setup(ext_modules=modules, cmdclass={**commands, "build_py": BuildPy})
+    # Builds against several versions of torch in one tree stay apart.
+    base = "build/" + "-".join(["torch", record.get("torch", "none")])
+    setup(ext_modules=modules, cmdclass={**commands, "build_py": BuildPy}, options={"build": {"build_base": base}})
 
 
 main()

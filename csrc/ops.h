@@ -22,9 +22,9 @@ using Loss = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 //   loss       [] or, with reduction "none", [T]; acc
 //   distances  [2, T]: d_ap, d_an; with swap [3, T]: and d_pn; acc
 //   stats      [5] float64: anchors, triplets, active, mean d_ap, mean d_an after swap
-Loss triplet_loss_cpu(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
-                      double margin, std::string_view distance, double p, double eps, bool swap,
-                      bool soft_margin, std::string_view reduction);
+Loss triplet_loss_cpu(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative, double margin,
+                      std::string_view distance, double p, double eps, bool swap, bool soft_margin,
+                      std::string_view reduction);
 
 // grad is that of the loss; distances and stats are what the forward operator returned.
 // Returns the gradients of anchor, positive and negative, [T, D] each, in their dtype.
@@ -41,17 +41,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> triplet_loss_backward_cpu(
 //   positive, negative  [T] int64
 // Returns as triplet_loss.
 Loss indexed_triplet_loss_cpu(const at::Tensor& embeddings, const OptionalTensor& references,
-                              const OptionalTensor& anchor, const at::Tensor& positive,
-                              const at::Tensor& negative, double margin, std::string_view distance, bool swap,
-                              bool soft_margin, std::string_view reduction);
+                              const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
+                              double margin, std::string_view distance, bool swap, bool soft_margin,
+                              std::string_view reduction);
 
 // Returns the gradient of the embeddings, [B, D], and of the references, [R, D] ([0] where they are absent).
 // A row's contributions are added in ascending order of the triplet: the result does not depend on threads.
 std::tuple<at::Tensor, at::Tensor> indexed_triplet_loss_backward_cpu(
     const at::Tensor& grad, const at::Tensor& embeddings, const OptionalTensor& references,
-    const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
-    const at::Tensor& distances, const at::Tensor& stats, double margin, std::string_view distance, bool swap,
-    bool soft_margin, std::string_view reduction);
+    const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative, const at::Tensor& distances,
+    const at::Tensor& stats, double margin, std::string_view distance, bool swap, bool soft_margin,
+    std::string_view reduction);
 
 // Batch-hard selection.
 //   embeddings  [B, D]; labels [B] int64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def _references(embeddings: Tensor, ref_embeddings: object) -> tuple[Tensor, Opt
 
 def batch(
     embeddings: object, labels: object, ref_embeddings: object, ref_labels: object, ref_offset: object
-) -> tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[int]]:
+) -> tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor], Union[int, torch.SymInt, None]]:
     """A batch and its references, labels as int64."""
     x = _matrix("embeddings", embeddings, "B")
     y = _integers("labels", labels, x.shape[0], "B", "embeddings")
@@ -178,7 +178,7 @@ def indexed(
     x, references = _references(_matrix("embeddings", embeddings, "B"), ref_embeddings)
     if not isinstance(triplets, (tuple, list)) or len(triplets) != 3:
         raise TypeError(f"triplets must be a triplet_ext.Triplets(anchor, positive, negative), got {_kind(triplets)}")
-    indices = []
+    indices: list[Tensor] = []
     for name, value in zip(("anchor", "positive", "negative"), triplets):
         name = "triplets." + name
         index = _tensor(name, value)
@@ -187,7 +187,9 @@ def indexed(
         if index.dim() != 1:
             raise ValueError(f"{name} must have shape [T], got {_shape(index)}")
         if indices and index.shape != indices[0].shape:
-            raise ValueError(f"{name} must have the shape of triplets.anchor, {_shape(indices[0])}, got {_shape(index)}")
+            raise ValueError(
+                f"{name} must have the shape of triplets.anchor, {_shape(indices[0])}, got {_shape(index)}"
+            )
         _same(name, index, "embeddings", x, dtype=False)
         indices.append(index)
     return x, references, indices[0], indices[1], indices[2]

@@ -159,9 +159,7 @@ def _slope(t: Tensor, measure: Measure) -> Tensor:
     return torch.where(t.isfinite(), slope, math.nan)
 
 
-def _triplet_gradient(
-    a: Tensor, p: Tensor, n: Tensor, grad: Tensor, measure: Measure
-) -> tuple[Tensor, Tensor, Tensor]:
+def _triplet_gradient(a: Tensor, p: Tensor, n: Tensor, grad: Tensor, measure: Measure) -> tuple[Tensor, Tensor, Tensor]:
     """grad [T] * dloss/d(a, p, n), each [T, D]."""
     distances = _triplet_distances(a, p, n, measure)
     slope = _slope(_excess(distances, measure), measure) * grad
@@ -188,9 +186,7 @@ def _statistics(losses: Tensor, distances: list[Tensor], valid: Optional[Tensor]
         count = valid.sum(dtype=wide)
         positive, negative = torch.where(valid, positive, 0), torch.where(valid, negative, 0)
     active = (losses > 0).sum(dtype=wide)
-    return torch.stack(
-        (count, count, active, positive.sum(dtype=wide) / count, negative.sum(dtype=wide) / count)
-    )
+    return torch.stack((count, count, active, positive.sum(dtype=wide) / count, negative.sum(dtype=wide) / count))
 
 
 def _reduce(losses: Tensor, stats: Tensor, reduction: str) -> Tensor:

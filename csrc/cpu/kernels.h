@@ -63,11 +63,11 @@ struct Block {
 // What it takes to look again: rows of the original matrix, in float64.
 template <typename T>
 struct Exact {
-  Rows<T> x, r;                 // anchors and references
+  Rows<T> x, r;  // anchors and references
   int64_t depth;
-  const double* scale_x;   // [B], [R]: 1 / norm, of the cosine distance; else nullptr
+  const double* scale_x;  // [B], [R]: 1 / norm, of the cosine distance; else nullptr
   const double* scale_r;
-  const double* lack_x;    // what the squared norm of a scaled row lacks to 1; likewise
+  const double* lack_x;  // what the squared norm of a scaled row lacks to 1; likewise
   const double* lack_r;
   const int64_t* order_r;  // original index of a packed reference
 };
@@ -80,8 +80,8 @@ template <typename T>
 struct Doubtful {
   int64_t anchor;  // original index
   Lane<T> group;
-  Lane<T> self;                 // packed index of itself, or -1
-  T nearest, farthest;          // values from which on a reference is a candidate; infinity: not in doubt
+  Lane<T> self;         // packed index of itself, or -1
+  T nearest, farthest;  // values from which on a reference is a candidate; infinity: not in doubt
   double negative_distance, positive_distance;  // running best, exact
   int64_t negative, positive;                   // running best, original index, -1: none
 };
@@ -95,8 +95,8 @@ struct TripletTask {
   const int64_t* n;
   int64_t depth;
   Measure measure;
-  T* distances;      // [2 or 3, count]
-  int64_t count;     // T, the stride of distances
+  T* distances;   // [2 or 3, count]
+  int64_t count;  // T, the stride of distances
 };
 
 // What `forward` adds up.
@@ -142,6 +142,5 @@ struct Kernels {
 // Of the running machine (as ATen sees it, ATEN_CPU_CAPABILITY included).
 template <typename T>
 const Kernels<T>& kernels();
-
 
 }  // namespace triplet_ext

@@ -203,8 +203,7 @@ static void backward(const TripletTask<T>& task, int64_t begin, int64_t end, con
                      T scale, T* grad_anchor, T* grad_positive, T* grad_negative) {
   const Measure& measure = task.measure;
   const int64_t depth = task.depth, count = task.count;
-  const bool straight = measure.distance == Distance::SquaredEuclidean ||
-                        measure.distance == Distance::Euclidean ||
+  const bool straight = measure.distance == Distance::SquaredEuclidean || measure.distance == Distance::Euclidean ||
                         (measure.distance == Distance::PNorm && measure.p == 2);
   const T eps = measure.distance == Distance::PNorm ? T(measure.eps) : T(0);
   for (int64_t t = begin; t < end; ++t) {
@@ -217,6 +216,7 @@ static void backward(const TripletTask<T>& task, int64_t begin, int64_t end, con
     T* ga = grad_anchor + t * depth;
     T* gp = grad_positive + t * depth;
     T* gn = grad_negative + t * depth;
+    const bool third = share != 0 || (measure.swap && !finite(pn));
     const bool idle = slope == 0 && finite(excess);  // what is not finite is to be seen in the gradient
     if (idle || !straight) {
       __builtin_memset(ga, 0, sizeof(T) * depth);
@@ -229,15 +229,15 @@ static void backward(const TripletTask<T>& task, int64_t begin, int64_t end, con
     const T* n = task.negative.row(t);
     if (straight) {
       const T u = pull_of(slope, ap, measure), v = pull_of(to_an, an, measure);
-      if (share != 0) {
+      if (third) {
         pull_apart<true>(a, p, n, depth, u, v, pull_of(to_pn, pn, measure), eps, ga, gp, gn);
       } else {
         pull_apart<false>(a, p, n, depth, u, v, T(0), eps, ga, gp, gn);
       }
     } else {
       add_pair_gradient(a, p, depth, slope, ap, measure, ga, gp);
-      if (share != 1) add_pair_gradient(a, n, depth, to_an, an, measure, ga, gn);
-      if (share != 0) add_pair_gradient(p, n, depth, to_pn, pn, measure, gp, gn);
+      if (share != 1 || !finite(an)) add_pair_gradient(a, n, depth, to_an, an, measure, ga, gn);
+      if (third) add_pair_gradient(p, n, depth, to_pn, pn, measure, gp, gn);
     }
   }
 }
@@ -386,8 +386,8 @@ TRIPLET_INLINE void multiply(const T* a, const T* b, int64_t depth,
 // first, row j its first column, and bp the panel of b; begin(i, panel) and end(i) around the tiles of each
 // kTileRows rows of a. With `symmetric`, tiles below the diagonal are skipped.
 template <typename T, typename Begin, typename Visit, typename End>
-TRIPLET_INLINE void walk(const T* a_data, const T* a_bias, const Panels<T>& b, bool symmetric, Block block,
-                         Begin begin, Visit visit, End end) {
+TRIPLET_INLINE void walk(const T* a_data, const T* a_bias, const Panels<T>& b, bool symmetric, Block block, Begin begin,
+                         Visit visit, End end) {
   using V = typename Simd<T>::V;
   constexpr int P = kPanel<T>, W = kWidth<T>;
   for (int64_t ap = block.a_begin; ap < block.a_end; ++ap) {
@@ -583,7 +583,7 @@ static void settle(const T* panel, const T* bias, const Panels<T>& b, int64_t b_
 
 template <typename T>
 static constexpr Kernels<T> make_kernels() {
-  return {kPanel<T>,  kTileRows,  inspect<T>, square<T>, pack<T>,
+  return {kPanel<T>,  kTileRows, inspect<T>, square<T>,   pack<T>,
           hardest<T>, settle<T>, forward<T>, backward<T>, gather<T>};
 }
 

@@ -3,13 +3,14 @@
 // same tiles again, measuring in float64 what lies within rounding of the best. The result is therefore what
 // float64 arithmetic would choose, at the price of float32.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "../ops.h"
@@ -18,7 +19,7 @@
 namespace triplet_ext {
 namespace {
 
-constexpr int64_t kCentreRows = 64;          // a sample is enough: a centre need not be the mean
+constexpr int64_t kCentreRows = 64;           // a sample is enough: a centre need not be the mean
 constexpr int64_t kBlockBytes = 192 << 10;    // of packed columns, to stay in the second-level cache
 constexpr int64_t kSerialProducts = 4 << 20;  // below this, starting threads costs more than it saves
 
@@ -43,6 +44,22 @@ uint64_t differing_bits(const int64_t* labels, int64_t count, int64_t like) {
   return bits;
 }
 
+// Uninitialised memory that vectors can be loaded from.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size = 0)
+      : data_(static_cast<T*>(::operator new[](sizeof(T) * size, std::align_val_t(kAlignment)))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  struct Free {
+    void operator()(T* p) const { ::operator delete[](p, std::align_val_t(kAlignment)); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
 // One side of the comparison, anchors or references.
 template <typename T>
 struct Side {
@@ -55,7 +72,8 @@ struct Side {
   std::vector<uint8_t> finite;      // original
   std::vector<double> scale, lack;  // original; of the cosine distance
   std::vector<double> norm;         // packed, of the row as packed
-  at::Tensor data, bias, group;     // see Panels
+  Buffer<T> data, bias;             // see Panels
+  Buffer<Lane<T>> group;
   std::vector<Lane<T>> first, last;
 
   Side(Rows<T> rows, const int64_t* labels, int64_t count, int64_t depth)
@@ -123,11 +141,9 @@ struct Side {
 
   void pack(double common, const std::vector<T>& centre) {
     const int64_t P = kernels<T>().panel;
-    const auto floats = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
-    const auto lanes = at::TensorOptions(c10::CppTypeToScalarType<Lane<T>>::value);
-    data = at::empty({panels * P * depth}, floats);
-    bias = at::empty({panels * P}, floats);
-    group = at::empty({panels * P}, lanes);
+    data = Buffer<T>(panels * P * depth);
+    bias = Buffer<T>(panels * P);
+    group = Buffer<Lane<T>>(panels * P);
     norm.resize(panels * P);
     first.assign(panels, std::numeric_limits<Lane<T>>::max());
     last.assign(panels, Lane<T>(kNoGroup));
@@ -137,12 +153,11 @@ struct Side {
         const int64_t from = panel * P, n = std::min(P, count - from);
         for (int64_t r = 0; r < n; ++r) packed[r] = from + r;
         double* squares = norm.data() + from;
-        pack_panel(packed.data(), n, common, centre, data.mutable_data_ptr<T>() + from * depth,
-                   bias.mutable_data_ptr<T>() + from, squares);
+        pack_panel(packed.data(), n, common, centre, data.get() + from * depth, bias.get() + from, squares);
         for (int64_t r = 0; r < P; ++r) {
           const bool real = r < n && finite[order[from + r]];
           const Lane<T> g = real ? klass[from + r] : Lane<T>(kNoGroup);
-          group.mutable_data_ptr<Lane<T>>()[from + r] = g;
+          group.get()[from + r] = g;
           if (real) {
             first[panel] = std::min(first[panel], g);
             last[panel] = std::max(last[panel], g);
@@ -153,10 +168,7 @@ struct Side {
     });
   }
 
-  Panels<T> view() const {
-    return {data.const_data_ptr<T>(), bias.const_data_ptr<T>(), group.const_data_ptr<Lane<T>>(),
-            first.data(),             last.data(),              depth};
-  }
+  Panels<T> view() const { return {data.get(), bias.get(), group.get(), first.data(), last.data(), depth}; }
 };
 
 // Sorts both sides and numbers their classes alike.
@@ -176,7 +188,7 @@ void classify(Side<T>& a, Side<T>* other) {
   Lane<T> rank = -1;
   int64_t i = 0, j = 0;
   const int64_t m = other ? other->count : 0;
-  const auto key = [](const Side<T>& side, int64_t packed) { return uint64_t(side.labels[side.order[packed]]) ; };
+  const auto key = [](const Side<T>& side, int64_t packed) { return uint64_t(side.labels[side.order[packed]]); };
   while (i < a.count || j < m) {
     const uint64_t next = i == a.count ? key(*other, j) : j == m ? key(a, i) : std::min(key(a, i), key(*other, j));
     ++rank;
@@ -188,17 +200,15 @@ void classify(Side<T>& a, Side<T>* other) {
 // Top2 of every packed row.
 template <typename T>
 struct Best {
-  at::Tensor values, index;
   int64_t size;
-  explicit Best(int64_t size)
-      : values(at::full({2 * size}, kNothing, at::TensorOptions(c10::CppTypeToScalarType<T>::value))),
-        index(at::full({size}, -1, at::TensorOptions(c10::CppTypeToScalarType<Lane<T>>::value))),
-        size(size) {}
-  Top2<T> view() {
-    T* v = values.mutable_data_ptr<T>();
-    return {v, v + size, index.mutable_data_ptr<Lane<T>>()};
+  Buffer<T> values;
+  Buffer<Lane<T>> index;
+  explicit Best(int64_t size = 0) : size(size), values(2 * size), index(size) {
+    std::fill_n(values.get(), 2 * size, T(kNothing));
+    std::fill_n(index.get(), size, Lane<T>(-1));
   }
-  void merge(Best& other) {
+  Top2<T> view() const { return {values.get(), values.get() + size, index.get()}; }
+  void merge(const Best& other) {
     const Top2<T> top = view(), more = other.view();
     for (int64_t i = 0; i < size; ++i) {
       if (more.best[i] > top.best[i]) {
@@ -321,7 +331,7 @@ void select(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool
   const auto blocks = [&](const Side<T>& side) { return (side.panels + block - 1) / block; };
   while (block > 1 && threads > 1 && blocks(a) * blocks(r) < 16 * threads) block /= 2;
 
-  std::vector<Best<T>> nearest(threads, Best<T>(0)), farthest(threads, Best<T>(0));
+  std::vector<Best<T>> nearest(threads), farthest(threads);
   std::atomic<int64_t> ticket{0};
   const int64_t columns = blocks(r), tasks = blocks(a) * columns;
   const Panels<T> pa = a.view(), pr = r.view();
@@ -386,8 +396,8 @@ void select(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool
                        r.order.data()};
   const int64_t doubts = int64_t(doubtful.size());
   at::parallel_for(0, (doubts + P - 1) / P, 1, [&](int64_t begin, int64_t end) {
-    at::Tensor buffer = at::empty({P * (a.depth + 1)}, at::TensorOptions(c10::CppTypeToScalarType<T>::value));
-    T* panel = buffer.mutable_data_ptr<T>();
+    const Buffer<T> buffer(P * (a.depth + 1));
+    T* panel = buffer.get();
     T* bias = panel + P * a.depth;
     std::vector<double> squares(P);
     for (int64_t g = begin; g < end; ++g) {

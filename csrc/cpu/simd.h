@@ -3,15 +3,15 @@
 
 #if defined(TRIPLET_ISA_AVX512)
 constexpr int kVectorBytes = 64;
-constexpr int kTileRows = 8;     // 8 x 2 accumulators of the 32 registers; the rest serves the visitor
+constexpr int kTileRows = 8;  // 8 x 2 accumulators of the 32 registers; the rest serves the visitor
 constexpr int kTileVectors = 2;
 #elif defined(TRIPLET_ISA_AVX2)
 constexpr int kVectorBytes = 32;
-constexpr int kTileRows = 4;     // 4 x 3 accumulators, 3 columns and 1 broadcast: the 16 registers
+constexpr int kTileRows = 4;  // 4 x 3 accumulators, 3 columns and 1 broadcast: the 16 registers
 constexpr int kTileVectors = 3;
 #else
 constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 2;     // 2 x 4 accumulators
+constexpr int kTileRows = 2;  // 2 x 4 accumulators
 constexpr int kTileVectors = 4;
 #endif
 

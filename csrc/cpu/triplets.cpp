@@ -98,16 +98,9 @@ struct Indexed {
   }
 
   TripletTask<T> task(const Measure& measure) const {
-    return {rows_of<T>(x),
-            rows_of<T>(r),
-            rows_of<T>(r),
-            a.defined() ? index_of(a) : nullptr,
-            index_of(p),
-            index_of(n),
-            x.size(1),
-            measure,
-            nullptr,
-            p.size(0)};
+    return {rows_of<T>(x), rows_of<T>(r), rows_of<T>(r), a.defined() ? index_of(a) : nullptr,
+            index_of(p),   index_of(n),   x.size(1),     measure,
+            nullptr,       p.size(0)};
   }
 };
 
@@ -159,8 +152,7 @@ void for_each_link(const TripletTask<T>& task, const Weight<T>& weight, F f) {
 
 // Row by row from an inverse index: pulls sorted by the row they act on, triplets ascending within a row.
 template <typename T>
-void backward(const TripletTask<T>& task, const Weight<T>& weight, bool apart, at::Tensor& grad_x,
-              at::Tensor& grad_r) {
+void backward(const TripletTask<T>& task, const Weight<T>& weight, bool apart, at::Tensor& grad_x, at::Tensor& grad_r) {
   const int64_t on_x = grad_x.size(0), on_r = apart ? grad_r.size(0) : 0, depth = task.depth;
   const auto slot = [&](const Link<T>& link) { return link.on_x || !apart ? link.row : on_x + link.row; };
   std::vector<int64_t> start(on_x + on_r + 1);
@@ -188,9 +180,9 @@ void backward(const TripletTask<T>& task, const Weight<T>& weight, bool apart, a
 
 }  // namespace
 
-Loss triplet_loss_cpu(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
-                      double margin, std::string_view distance, double p, double eps, bool swap,
-                      bool soft_margin, std::string_view reduction) {
+Loss triplet_loss_cpu(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative, double margin,
+                      std::string_view distance, double p, double eps, bool swap, bool soft_margin,
+                      std::string_view reduction) {
   const Measure measure{margin, p, eps, parse_distance(distance), swap, soft_margin};
   const at::Tensor a = as_rows(anchor), b = as_rows(positive), c = as_rows(negative);
   return dispatch(a, [&](auto zero) {
@@ -228,9 +220,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> triplet_loss_backward_cpu(
 }
 
 Loss indexed_triplet_loss_cpu(const at::Tensor& embeddings, const OptionalTensor& references,
-                              const OptionalTensor& anchor, const at::Tensor& positive,
-                              const at::Tensor& negative, double margin, std::string_view distance, bool swap,
-                              bool soft_margin, std::string_view reduction) {
+                              const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
+                              double margin, std::string_view distance, bool swap, bool soft_margin,
+                              std::string_view reduction) {
   const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
   return dispatch(embeddings, [&](auto zero) {
     using T = decltype(zero);
@@ -246,9 +238,9 @@ Loss indexed_triplet_loss_cpu(const at::Tensor& embeddings, const OptionalTensor
 
 std::tuple<at::Tensor, at::Tensor> indexed_triplet_loss_backward_cpu(
     const at::Tensor& grad, const at::Tensor& embeddings, const OptionalTensor& references,
-    const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
-    const at::Tensor& distances, const at::Tensor& stats, double margin, std::string_view distance, bool swap,
-    bool soft_margin, std::string_view reduction) {
+    const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative, const at::Tensor& distances,
+    const at::Tensor& stats, double margin, std::string_view distance, bool swap, bool soft_margin,
+    std::string_view reduction) {
   const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
   return dispatch(embeddings, [&](auto zero) {
     using T = decltype(zero);

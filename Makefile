@@ -1,0 +1,71 @@
+# What there is to do with this repository. Each target sets up all that it needs.
+#
+#   make demo        train an embedding on real digit scans, print a table, draw pictures into demo-output/
+#   make test        build, and run every test
+#   make bench       the benchmarks; writes benchmarks/results/ and the table in README.md
+#   make bench-quick the same in two minutes, writing nothing
+#   make lint        ruff, mypy, clang-format
+#   make format      let ruff and clang-format rewrite
+#   make clean       remove all that was made
+#
+# TORCH=torch==2.13.0 chooses a torch, VENV=DIR a place for it, TRIPLET_EXT_BUILD=none what is compiled.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+LINT := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
+
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+PACKAGE := setup.py pyproject.toml $(CPP) $(wildcard triplet_ext/*.py triplet_ext/*/*.py)
+
+.PHONY: demo test bench bench-quick table lint format clean
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q '$(TORCH)'
+	$(PIP) install -q 'setuptools>=77' wheel ninja pybind11 numpy
+	@touch $@
+
+# The torch that is there must build the extension, hence no build isolation.
+$(VENV)/.package: $(VENV)/.torch $(PACKAGE)
+	$(PIP) install -q --no-build-isolation '.[test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.package
+	$(PIP) install -q --no-build-isolation '.[bench]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.torch
+	$(PIP) install -q $(LINT)
+	@touch $@
+
+demo: $(VENV)/.package
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/.package
+	$(BIN)/pytest
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+bench-quick: $(VENV)/.bench
+	$(BIN)/python -m benchmarks --quick
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf .venv* build *.egg-info demo-output .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -f triplet_ext/_C*.so triplet_ext/_build.json
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -14,6 +14,11 @@ TRIPLET_INLINE bool finite(T x) {
   return __builtin_fabs(x) <= std::numeric_limits<T>::max();
 }
 
+template <typename T>
+TRIPLET_INLINE void clear(T* x, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) x[k] = 0;
+}
+
 // The sum over the features of f(x, y), in four chains per lane.
 template <typename T, typename F>
 TRIPLET_INLINE T sum_over(const T* x, const T* y, int64_t depth, F f) {
@@ -219,9 +224,9 @@ static void backward(const TripletTask<T>& task, int64_t begin, int64_t end, con
     const bool third = share != 0 || (measure.swap && !finite(pn));
     const bool idle = slope == 0 && finite(excess);  // what is not finite is to be seen in the gradient
     if (idle || !straight) {
-      __builtin_memset(ga, 0, sizeof(T) * depth);
-      __builtin_memset(gp, 0, sizeof(T) * depth);
-      __builtin_memset(gn, 0, sizeof(T) * depth);
+      clear(ga, depth);
+      clear(gp, depth);
+      clear(gn, depth);
       if (idle) continue;  // an inactive triplet costs no reads
     }
     const T* a = task.anchor.row(t);
@@ -247,7 +252,7 @@ static void gather(const T* row, int64_t depth, bool cosine, const Pull<T>* pull
   using V = typename Simd<T>::V;
   constexpr int W = kWidth<T>, kChunk = 4;
   if (cosine) {
-    __builtin_memset(grad, 0, sizeof(T) * depth);
+    clear(grad, depth);
     if (!count) return;
     const Unit<T> u = unit_of(row, depth);
     for (int64_t e = 0; e < count; ++e) {

@@ -69,4 +69,12 @@ TRIPLET_FN T swapped_share_of(T an, T pn, const Measure& measure) {
   return pn < an ? T(1) : T(0);
 }
 
+// What a pair's weight is multiplied with to become the weight of x - y in the gradient. The derivative of the root at
+// 0 is 0; a weight that is NaN stays so.
+template <typename T>
+TRIPLET_FN T pull_of(T weight, T distance, const Measure& measure) {
+  if (measure.distance == Distance::SquaredEuclidean) return 2 * weight;
+  return distance == 0 ? weight * T(0) : weight / distance;
+}
+
 }  // namespace triplet_ext

@@ -8,7 +8,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from .reference import DISTANCES, REDUCTIONS
+from .reference import DISTANCES, P_NORM, REDUCTIONS
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FLOATING_NAMES = "float32, float64, float16 or bfloat16"
@@ -50,6 +50,14 @@ def margin(value: object) -> float:
     return float(value)
 
 
+def number(name: str, value: object, least: float = -math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
+    return float(value)
+
+
 def options(
     margin_value: object, distance: object, soft_margin: object, swap: object, reduction: object
 ) -> tuple[float, str, bool, bool, str]:
@@ -61,6 +69,18 @@ def options(
         flag("soft_margin", soft_margin),
         choice("reduction", reduction, REDUCTIONS),
     )
+
+
+def p_norm_options(margin_value: object, p: object, eps: object, swap: object, reduction: object):
+    """((margin, distance, swap, soft_margin, reduction), p, eps) of torch.nn.TripletMarginLoss."""
+    chosen = (
+        margin(margin_value),
+        P_NORM,
+        flag("swap", swap),
+        False,
+        choice("reduction", reduction, ("mean", "sum", "none")),
+    )
+    return chosen, number("p", p, 0), number("eps", eps)
 
 
 # --- tensors --------------------------------------------------------------------------------------------------

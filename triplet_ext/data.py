@@ -44,9 +44,9 @@ class PKBatchSampler(Sampler[list[int]]):
     nothing but augmentation (without it, at distance 0; leave such classes out of the dataset if that is
     unwanted).
 
-    Epoch e depends on the arguments and e alone. The state is ``epoch``, the number of the epoch that the next
-    ``iter()`` gives; ``iter()`` adds 1 to it, also if the loop stops early, and ``set_epoch`` sets it. To resume a
-    training, set the epoch. With several processes, give each its own seed.
+    Epoch e depends on the arguments and e alone. The state is ``epoch``, the number of the epoch that comes next;
+    taking the first batch of an epoch adds 1 to it, also if the loop stops early, and ``set_epoch`` sets it. To
+    resume a training, set the epoch. With several processes, give each its own seed.
 
     Args:
         labels: [N], the class of each sample of the dataset: a list, NumPy array or tensor of integers.
@@ -104,14 +104,15 @@ class PKBatchSampler(Sampler[list[int]]):
         return self.batches_per_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next ``iter()`` gives, at least 0."""
+        """Which epoch comes next, at least 0."""
         self.epoch = _integer("epoch", epoch, 0)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # A generator, so that an epoch begins with its first batch: a DataLoader with workers calls iter() twice.
         first, skipped = divmod(self.epoch * self.batches_per_epoch, self._pass_length)
         self.epoch += 1
         batches = itertools.chain.from_iterable(self._pass(number) for number in itertools.count(first))
-        return itertools.islice(batches, skipped, skipped + self.batches_per_epoch)
+        yield from itertools.islice(batches, skipped, skipped + self.batches_per_epoch)
 
     def _pass(self, number: int) -> Iterator[list[int]]:
         # Hashed by way of a string: torch keeps 32 bits of a seed, and neighbouring seeds shall share no pass.
@@ -137,7 +138,8 @@ class PKBatchSampler(Sampler[list[int]]):
             return ((sizes * rate).floor() + 1).clamp(0, length).long()
 
         low, high = -1.0, float(length)  # no visits; all that are allowed
-        while low < (middle := (low + high) / 2) < high:
+        apart = 0.5 / float(sizes.max()) ** 2  # two rates k / size that differ do so by more
+        while high - low > apart and low < (middle := (low + high) / 2) < high:
             if count(middle).sum() < total:
                 low = middle
             else:

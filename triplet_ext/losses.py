@@ -10,7 +10,6 @@ from torch import Tensor
 from . import _checks, functional
 from .functional import TripletStats
 from .mining import PRESETS, Triplets
-from .reference import P_NORM
 
 
 class TripletLoss(torch.nn.Module):
@@ -156,13 +155,13 @@ class TripletMarginLoss(torch.nn.TripletMarginLoss):
     inputs that broadcast.
 
     Args:
-        margin, p, eps, swap, size_average, reduce, reduction: as in ``torch.nn.TripletMarginLoss``.
+        margin, p, eps, swap, size_average, reduce, reduction: as in ``torch.nn.TripletMarginLoss``; p at least 0.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        options, p, eps = _checks.p_norm_options(self.margin, self.p, self.eps, self.swap, self.reduction)
         rows = _checks.explicit(*_checks.broadcast(anchor, positive, negative))
-        options = (float(self.margin), P_NORM, bool(self.swap), False, self.reduction)
-        return functional.explicit_with_stats(*rows, options, float(self.p), float(self.eps))[0]
+        return functional.explicit_with_stats(*rows, options, p, eps)[0]

@@ -112,13 +112,6 @@ TRIPLET_INLINE T distance_of(const T* x, const T* y, int64_t depth, const Measur
   }
 }
 
-// What a pair's weight is multiplied with to become the weight of (x - y).
-template <typename T>
-TRIPLET_INLINE T pull_of(T weight, T distance, const Measure& measure) {
-  if (measure.distance == Distance::SquaredEuclidean) return 2 * weight;
-  return distance == 0 ? T(0) : weight / distance;
-}
-
 // --- triplets -------------------------------------------------------------------------------------------------
 
 template <typename T>

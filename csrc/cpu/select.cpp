@@ -11,6 +11,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "../ops.h"
@@ -19,9 +20,9 @@
 namespace triplet_ext {
 namespace {
 
-constexpr int64_t kCentreRows = 64;           // a sample is enough: a centre need not be the mean
-constexpr int64_t kBlockBytes = 192 << 10;    // of packed columns, to stay in the second-level cache
-constexpr int64_t kSerialProducts = 4 << 20;  // below this, starting threads costs more than it saves
+constexpr int64_t kCentreRows = 64;          // a sample is enough: a centre need not be the mean
+constexpr int64_t kBlockBytes = 192 << 10;   // of packed columns, to stay in the second-level cache
+constexpr double kSerialProducts = 4 << 20;  // below this, starting threads costs more than it saves
 
 // Row numbers by label, stable. Radix sort on the bytes in which the labels differ at all.
 std::vector<int64_t> sorted_by(const int64_t* labels, int64_t count, uint64_t differing) {
@@ -299,76 +300,73 @@ void select_not_finite(const Side<T>& a, const Side<T>& r, const std::vector<int
   }
 }
 
+// What the steps of a selection share.
 template <typename T>
-void select(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool cosine, int64_t* positive,
-            int64_t* negative) {
-  const Kernels<T>& k = kernels<T>();
-  const int64_t P = k.panel;
-  const bool symmetric = !references;
-  Side<T>& r = symmetric ? a : *references;
-  classify(a, references);
+struct Problem {
+  const Side<T>& a;  // anchors
+  const Side<T>& r;  // references; the anchors themselves if symmetric
+  bool symmetric, cosine;
+  double scale;  // common to all rows, unless the distance is the cosine
+  std::vector<T> centre;
+  std::vector<int64_t> self;         // of an anchor among the references, or -1: original -> original
+  std::vector<Lane<T>> packed_self;  // packed -> packed
+};
 
-  T largest = a.inspect(cosine);
-  if (!symmetric) largest = std::max(largest, r.inspect(cosine));
-  // Powers of two are exact, and keep squares far from the ends of the range.
-  constexpr int kExponents = std::numeric_limits<T>::max_exponent - 2;
-  const double common = largest > 0 ? std::ldexp(1.0, std::clamp(-std::ilogb(largest), -kExponents, kExponents)) : 1;
-  const std::vector<T> centre = r.centre(common);
-  a.pack(common, centre);
-  if (!symmetric) r.pack(common, centre);
+template <typename T>
+struct Scan {
+  Best<T> nearest, farthest;
+};
 
-  // The anchor itself among the references: original index by original index, packed by packed.
-  std::vector<int64_t> self(a.count, -1);
-  std::vector<Lane<T>> packed_self(a.panels * P, -1);
-  for (int64_t i = 0; offset && i < a.count; ++i) {
-    self[i] = i + *offset;
-    packed_self[a.place[i]] = Lane<T>(r.place[self[i]]);
-  }
-
-  const int64_t work = a.count * r.count * (a.depth + 16) / (symmetric ? 2 : 1);
-  const int64_t threads = work < kSerialProducts ? 1 : at::get_num_threads();
+// The two best of each anchor, from every tile once.
+template <typename T>
+Scan<T> scan(const Problem<T>& problem) {
+  const Side<T>&a = problem.a, &r = problem.r;
+  const int64_t P = kernels<T>().panel;
+  const double products = double(a.count) * double(r.count) * double(a.depth + 16) / (problem.symmetric ? 2 : 1);
+  const int64_t threads = products < kSerialProducts ? 1 : at::get_num_threads();
   int64_t block = std::clamp<int64_t>(kBlockBytes / (P * (a.depth + 1) * int64_t(sizeof(T))), 1, 16);
   const auto blocks = [&](const Side<T>& side) { return (side.panels + block - 1) / block; };
   while (block > 1 && threads > 1 && blocks(a) * blocks(r) < 16 * threads) block /= 2;
 
-  std::vector<Best<T>> nearest(threads), farthest(threads);
+  std::vector<Scan<T>> found(threads);
   std::atomic<int64_t> ticket{0};
   const int64_t columns = blocks(r), tasks = blocks(a) * columns;
   const Panels<T> pa = a.view(), pr = r.view();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
-      Best<T>& near = nearest[thread] = Best<T>(a.panels * P);
-      Best<T>& far = farthest[thread] = Best<T>(a.panels * P);
+      Scan<T>& mine = found[thread] = {Best<T>(a.panels * P), Best<T>(a.panels * P)};
       for (int64_t task; (task = ticket++) < tasks;) {
         const int64_t i = task / columns, j = task % columns;
-        if (symmetric && j < i) continue;
+        if (problem.symmetric && j < i) continue;
         const Block here{i * block, std::min(a.panels, (i + 1) * block), j * block,
                          std::min(r.panels, (j + 1) * block)};
-        k.hardest(pa, pr, packed_self.data(), symmetric, here, near.view(), far.view());
+        kernels<T>().hardest(pa, pr, problem.packed_self.data(), problem.symmetric, here, mine.nearest.view(),
+                             mine.farthest.view());
       }
     }
   });
   for (int64_t thread = 1; thread < threads; ++thread) {
-    nearest[0].merge(nearest[thread]);
-    farthest[0].merge(farthest[thread]);
+    found[0].nearest.merge(found[thread].nearest);
+    found[0].farthest.merge(found[thread].farthest);
   }
+  return std::move(found[0]);
+}
 
-  // The certificate.
+// Writes the winners; returns the anchors, packed and in full, for which rounding may have chosen them.
+template <typename T>
+std::pair<std::vector<int64_t>, std::vector<Doubtful<T>>> certify(const Problem<T>& problem, const Scan<T>& found,
+                                                                  int64_t* positive, int64_t* negative) {
+  const Side<T>&a = problem.a, &r = problem.r;
   bool hopeless = false;  // a scale that is subnormal in T: nothing is known about the packed row
   for (const Side<T>* side : {&a, &r})
     for (double s : side->scale) hopeless |= s < std::numeric_limits<T>::min();
-  const RoundingBound bound = rounding_bound<T>(a.depth, cosine, hopeless);
-  const Top2<T> near = nearest[0].view(), far = farthest[0].view();
+  const RoundingBound bound = rounding_bound<T>(a.depth, problem.cosine, hopeless);
   constexpr T kNever = std::numeric_limits<T>::infinity();
-  std::vector<Doubtful<T>> doubtful;
-  std::vector<int64_t> doubtful_packed;
+  std::pair<std::vector<int64_t>, std::vector<Doubtful<T>>> doubts;
   for (int64_t i = 0; i < a.count; ++i) {
     const int64_t o = a.order[i];
-    Doubtful<T> row{o, a.klass[i], packed_self[i], kNever, kNever, 0, 0, -1, -1};
-    if (!a.finite[o]) {
-      positive[o] = negative[o] = -1;
-      continue;
-    }
+    if (!a.finite[o]) continue;
+    Doubtful<T> row{o, a.klass[i], problem.packed_self[i], kNever, kNever, 0, 0, -1, -1};
     // The winner; and, where another may be as good, the value from which on a row may be.
     const auto winner = [&](const Top2<T>& top, T& threshold) -> int64_t {
       const double best = top.best[i], second = top.second[i];
@@ -377,15 +375,21 @@ void select(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool
       if (second > -kHidden / 2 && !(best - second > error)) threshold = T(best - error);
       return r.order[top.index[i]];
     };
-    negative[o] = winner(near, row.nearest);
-    positive[o] = winner(far, row.farthest);
-    if (row.nearest != kNever || row.farthest != kNever) {
-      doubtful.push_back(row);
-      doubtful_packed.push_back(i);
-    }
+    negative[o] = winner(found.nearest.view(), row.nearest);
+    positive[o] = winner(found.farthest.view(), row.farthest);
+    if (row.nearest == kNever && row.farthest == kNever) continue;
+    doubts.first.push_back(i);
+    doubts.second.push_back(row);
   }
+  return doubts;
+}
 
-  // The rows in doubt, a panel at a time.
+// Measures the candidates of the rows in doubt exactly, a panel of rows at a time.
+template <typename T>
+void settle(const Problem<T>& problem, const std::vector<int64_t>& packed, std::vector<Doubtful<T>>& doubtful,
+            int64_t* positive, int64_t* negative) {
+  const Side<T>&a = problem.a, &r = problem.r;
+  const bool cosine = problem.cosine;
   const Exact<T> exact{a.rows,
                        r.rows,
                        a.depth,
@@ -394,23 +398,47 @@ void select(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool
                        cosine ? a.lack.data() : nullptr,
                        cosine ? r.lack.data() : nullptr,
                        r.order.data()};
-  const int64_t doubts = int64_t(doubtful.size());
-  at::parallel_for(0, (doubts + P - 1) / P, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<T> buffer(P * (a.depth + 1));
-    T* panel = buffer.get();
-    T* bias = panel + P * a.depth;
+  const int64_t P = kernels<T>().panel, count = int64_t(doubtful.size());
+  const Panels<T> panels = r.view();
+  at::parallel_for(0, (count + P - 1) / P, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<T> rows(P * a.depth), bias(P);
     std::vector<double> squares(P);
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t n = std::min(P, doubts - g * P);
-      a.pack_panel(&doubtful_packed[g * P], n, common, centre, panel, bias, squares.data());
-      k.settle(panel, bias, pr, r.panels, exact, &doubtful[g * P], int(n));
+      const int64_t n = std::min(P, count - g * P);
+      a.pack_panel(&packed[g * P], n, problem.scale, problem.centre, rows.get(), bias.get(), squares.data());
+      kernels<T>().settle(rows.get(), bias.get(), panels, r.panels, exact, &doubtful[g * P], int(n));
     }
   });
   for (const Doubtful<T>& row : doubtful) {
     if (row.negative >= 0) negative[row.anchor] = row.negative;
     if (row.positive >= 0) positive[row.anchor] = row.positive;
   }
-  select_not_finite(a, r, self, positive, negative);
+}
+
+template <typename T>
+void select(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool cosine, int64_t* positive,
+            int64_t* negative) {
+  Side<T>& r = references ? *references : a;
+  classify(a, references);
+  T largest = a.inspect(cosine);
+  if (references) largest = std::max(largest, r.inspect(cosine));
+  // Powers of two are exact, and keep squares far from the ends of the range.
+  constexpr int kExponents = std::numeric_limits<T>::max_exponent - 2;
+  const double scale = largest > 0 ? std::ldexp(1.0, std::clamp(-std::ilogb(largest), -kExponents, kExponents)) : 1;
+  Problem<T> problem{a, r, !references, cosine, scale, r.centre(scale), {}, {}};
+  a.pack(scale, problem.centre);
+  if (references) r.pack(scale, problem.centre);
+  problem.self.assign(a.count, -1);
+  problem.packed_self.assign(a.panels * kernels<T>().panel, -1);
+  for (int64_t i = 0; offset && i < a.count; ++i) {
+    problem.self[i] = i + *offset;
+    problem.packed_self[a.place[i]] = Lane<T>(r.place[i + *offset]);
+  }
+
+  const Scan<T> found = scan(problem);
+  auto [packed, doubtful] = certify(problem, found, positive, negative);
+  settle(problem, packed, doubtful, positive, negative);
+  select_not_finite(a, r, problem.self, positive, negative);
 }
 
 template <typename T>
@@ -426,8 +454,9 @@ std::tuple<at::Tensor, at::Tensor> select_hardest_cpu(const at::Tensor& embeddin
                                                       std::optional<int64_t> reference_offset,
                                                       std::string_view distance) {
   const int64_t count = embeddings.size(0), total = references ? references->size(0) : count;
-  TORCH_CHECK_VALUE(count <= std::numeric_limits<int32_t>::max() && total <= std::numeric_limits<int32_t>::max(),
-                    "embeddings and ref_embeddings must have fewer than 2^31 rows, got ", count, " and ", total);
+  constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max() - 64;  // packed row numbers have 32 bits
+  TORCH_CHECK_VALUE(std::max(count, total) <= kMostRows, "embeddings and ref_embeddings must have at most ", kMostRows,
+                    " rows, got ", count, " and ", total);
   const auto options = at::TensorOptions(at::kLong);
   at::Tensor positive = at::full({count}, -1, options), negative = at::full({count}, -1, options);
   if (count == 0 || total == 0) return {positive, negative};

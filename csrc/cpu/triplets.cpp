@@ -117,11 +117,7 @@ template <typename T, typename F>
 void for_each_link(const TripletTask<T>& task, const Weight<T>& weight, F f) {
   const Measure& measure = task.measure;
   const bool cosine = measure.distance == Distance::Cosine;
-  const auto pull = [&](T w, T d) -> T {
-    if (cosine) return w;
-    if (measure.distance == Distance::SquaredEuclidean) return 2 * w;
-    return d == 0 ? T(0) : w / d;
-  };
+  const auto pull = [&](T w, T d) -> T { return cosine ? w : pull_of(w, d, measure); };
   for (int64_t t = 0; t < task.count; ++t) {
     const int64_t a = task.a ? task.a[t] : t, p = task.p[t], n = task.n[t];
     if (p < 0 || n < 0) {

@@ -164,4 +164,7 @@ class TripletMarginLoss(torch.nn.TripletMarginLoss):
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         options, p, eps = _checks.p_norm_options(self.margin, self.p, self.eps, self.swap, self.reduction)
         rows = _checks.explicit(*_checks.broadcast(anchor, positive, negative))
+        if any(x.shape[-1] != rows[0].shape[-1] for x in (anchor, positive, negative)):
+            # Each pair broadcasts on its own there: two of one feature keep one, whatever the third has.
+            return super().forward(anchor, positive, negative)
         return functional.explicit_with_stats(*rows, options, p, eps)[0]

@@ -330,9 +330,10 @@ def indexed_triplet_loss_backward(
 def select_hardest(embeddings, labels, references, reference_labels, reference_offset, distance):
     """The farthest positive and the nearest negative of each anchor, int64 [B] each; -1 where there is none.
 
-    Distances are taken in float64 from the differences themselves, so that equal rows tie exactly (the cosine
-    distance has roots and quotients in it: there, what rounding can't tell apart is a tie); ties go to the lowest
-    index. A row that is not finite comes before all others on both sides.
+    Distances are taken in float64 from the differences themselves, so that equal rows tie exactly; ties go to the
+    lowest index. What the root of the Euclidean distance makes equal is a tie, too (in the kernels it is not), and so
+    is what rounding can't tell apart in the cosine distance, which has roots and quotients in it. A row that is not
+    finite comes before all others on both sides.
     """
     wide = wide_dtype(embeddings.device)
     if references is None:

@@ -1,0 +1,107 @@
+"""``python -m benchmarks``: measure, or make the table, page and plot of an earlier run again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import machine, measure, plot, report
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: small, judges nothing, writes nothing")
+    parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches; writes nothing")
+    parser.add_argument("--output", metavar="DIR", type=Path, help=f"write here; a full run's default: {RESULTS.name}/")
+    parser.add_argument("--readme", metavar="FILE", type=Path, help="whose table to replace; default: README.md")
+    parser.add_argument(
+        "--table",
+        metavar="JSON",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        help="measure nothing: make table, page and plot from this file; default: the newest of results/",
+    )
+    return parser.parse_args(argv)
+
+
+def _installed_first() -> None:
+    """``-m`` puts this folder first, where triplet_ext may lie as bare source: prefer one that was installed."""
+    root = str(ROOT)
+    if root in sys.path:
+        sys.path.append(sys.path.pop(sys.path.index(root)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _arguments(argv)
+    if options.table:
+        path = _newest(options.table) if options.table.is_dir() else options.table
+        _render(json.loads(path.read_text()), path, options.readme or ROOT / "README.md")
+        return 0
+
+    _installed_first()
+    plan = measure.PLANS["quick" if options.quick else "full"]
+    whole = not options.quick and not options.only
+    if options.only:
+        plan = plan.only(lambda name: re.search(options.only, name) is not None)
+        if not plan.times and not plan.memory:
+            print(f"--only {options.only}: no case has such a name", file=sys.stderr)
+            return 2
+    results = measure.run(plan, lambda line: print(line, flush=True))
+    folder = options.output or (RESULTS if whole else None)
+    if folder is None:
+        print("\n" + report.block(results))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        details = results["machine"]
+        path = folder / (machine.name_of(results["device"], details["cpu"], details["cores"]) + ".json")
+        path.write_text(dumps(results))
+        print(f"\nwrote {path}")
+        readme = options.readme or (ROOT / "README.md" if whole and not options.output else None)
+        _render(results, path, readme)
+    if whole:
+        print("\n" + report.goals(results))
+    return 0
+
+
+def dumps(results: dict[str, Any]) -> str:
+    """JSON with a line for each list of raw numbers, so that a new run gives a readable diff."""
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    return re.sub(r"\[[-\d.,\s]+\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text) + "\n"
+
+
+def _newest(folder: Path) -> Path:
+    found = sorted(folder.glob("*.json"), key=lambda path: json.loads(path.read_text())["date"])
+    if not found:
+        raise SystemExit(f"{folder} holds no results yet: run python -m benchmarks")
+    return found[-1]
+
+
+def _render(results: dict[str, Any], path: Path, readme: Path | None) -> None:
+    """The page and the plot beside the JSON, and the table of the README."""
+    picture = path.with_suffix(".png")
+    try:
+        plot.draw(results, picture)
+    except ImportError as error:
+        print(f"note: no plot: {error}")
+    shown = picture.exists()
+    path.with_suffix(".md").write_text(report.page(results, picture.name if shown else ""))
+    if readme:
+        where = Path(os.path.relpath(picture, readme.resolve().parent)).as_posix()
+        try:
+            report.update(readme, report.block(results, where if shown else ""))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{readme}: {error}") from None
+        print(f"wrote the table of {readme}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Inputs: fresh random data, in several sets so that no side finds its inputs in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cases import MINED, Case
+
+_SETS_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set: ``args`` for a loss (its embeddings are leaves that want a gradient), ``plain`` for the rest."""
+
+    args: tuple[Tensor, ...]
+    plain: tuple[Tensor, ...]
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return tuple(x for x in self.args if x.requires_grad)
+
+
+def inputs(case: Case, seed: int, *, device: str = "cpu", half_active: bool = False) -> Inputs:
+    """Data for a case.
+
+    Mined cases have ``per_class`` rows a class in random order (nobody is alone: there peers differ) and, being
+    pure noise, an active triplet for nearly every anchor: the dearest case for us, whose gradient skips the
+    others. ``half_active`` pulls half of the classes together, to see both branches of the hinge.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+
+    def noise(rows: int) -> Tensor:
+        return torch.randn(rows, case.width, generator=generator)
+
+    if case.family in MINED:
+        if case.batch % case.per_class:
+            raise ValueError(f"{case.name}: the batch must be a multiple of per_class={case.per_class}")
+        x, labels = noise(case.batch), torch.arange(case.batch) // case.per_class
+        if half_active:
+            centre = noise(case.batch // case.per_class)[labels]
+            x = torch.where((labels % 2 == 0)[:, None], centre + 0.3 * x, x)
+        order = torch.randperm(case.batch, generator=generator)
+        embeddings, rest = [x[order]], [labels[order]]
+    else:  # d(a, p) and d(a, n) have one distribution: half of the triplets are active
+        embeddings, rest = [noise(case.batch) for _ in range(3)], []
+    embeddings = [x.to(device, dtype) for x in embeddings]
+    labels_there = [y.to(device) for y in rest]
+    leaves = [x.clone().requires_grad_() for x in embeddings]
+    return Inputs((*leaves, *labels_there), (*embeddings, *labels_there))
+
+
+def rotation(case: Case, device: str = "cpu") -> list[Inputs]:
+    """Between 2 and 8 sets, as many as fit a memory budget."""
+    one = 2 * case.batch * case.width * 4 * (1 if case.family in MINED else 3)
+    return [inputs(case, seed, device=device) for seed in range(1, 1 + max(2, min(8, _SETS_BYTES // one)))]

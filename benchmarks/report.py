@@ -1,0 +1,181 @@
+"""Markdown from the JSON of a run: the table of the README, and a page with everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .cases import EXPLICIT, MINED
+from .goals import judged
+from .quiet import BUSY
+from .records import Records
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+def replace_between_markers(text: str, block: str) -> str:
+    """``text`` with ``block`` between the markers, which stay. ValueError unless each is there once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the file must contain {BEGIN} and, after it, {END}, once each")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
+
+
+def update(readme: Path, block: str) -> None:
+    readme.write_text(replace_between_markers(readme.read_text(), block))
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _spread(ms: dict[str, float] | None) -> str:
+    return f"{_digits(ms['median'])} ({_digits(ms['p10'])}–{_digits(ms['p90'])})" if ms else "–"
+
+
+def _faster(records: Records, case: str, side: str, name: str = "both") -> str:
+    ratio = records.ratio(case, side, name)
+    return "–" if ratio is None else f"{_digits(1 / ratio)} ×"
+
+
+def _size(case: dict[str, Any]) -> str:
+    usual = case["distance"] in ("squared_euclidean", "p_norm")
+    return f"{case['batch']} × {case['width']}" + ("" if usual else f", {case['distance']}")
+
+
+def _megabytes(records: Records, case: str, side: str) -> str:
+    extra = records.extra_bytes(case, side)
+    if extra is None:
+        return "does not fit" if records.why_no_memory(case, side).startswith("needs") else "–"
+    return f"{extra / 2**20:.0f}" if extra >= 10 * 2**20 else f"{extra / 2**20:.1f}"
+
+
+def _mined(records: Records) -> str:
+    cases = records.cases(*MINED)
+    sides = records.titles(*(case["name"] for case in cases))
+    measured = {name for name in sides if any(records.ratio(case["name"], name, "both") for case in cases)}
+    peers = {name: title for name, title in sides.items() if name in measured and name != "mm"}
+    several = len({case["family"] for case in cases}) > 1
+    rows = []
+    for case in cases:
+        name = case["name"]
+        ratio = records.ratio(name, "mm", "both")
+        rows.append(
+            [
+                (f"{case['family']}, " if several else "") + _size(case),
+                *(_spread(records.side_ms(name, "ours", p)) for p in ("forward", "backward", "both")),
+                "–" if ratio is None else f"{ratio:.2f}",
+                *(_faster(records, name, peer) for peer in peers),
+            ]
+        )
+    head = ["B × D", "forward, ms", "backward, ms", "both, ms", "both ÷ `torch.mm(x, x.T)`"]
+    return _table(head + [f"faster than {title}" for title in peers.values()], rows)
+
+
+def _explicit(records: Records) -> str:
+    rows = []
+    for case in records.cases(*EXPLICIT):
+        for side, title in records.titles(case["name"]).items():
+            if not records.ratio(case["name"], side, "both"):
+                continue
+            ours = "TripletMarginLoss" if case["family"] == "torch_nn" else "TripletLoss"
+            rows.append(
+                [
+                    f"`{ours}`, {_size(case)}",
+                    _spread(records.side_ms(case["name"], "ours", "both")),
+                    title,
+                    *(_faster(records, case["name"], side, p) for p in ("forward", "backward", "both")),
+                ]
+            )
+    return _table(["T × D", "both, ms", "faster than", "forward", "backward", "both"], rows)
+
+
+def _memory(records: Records, mined: bool) -> str:
+    cases = [case for case in records.memory_cases() if (case["family"] in MINED) == mined]
+    sides = {"ours": "triplet_ext", **records.titles(*(case["name"] for case in cases))}
+    rows = [
+        [f"{case['family']}, {_size(case)}", *(_megabytes(records, case["name"], side) for side in sides)]
+        for case in cases
+    ]
+    return _table(["", *sides.values()], rows) if rows else ""
+
+
+def _where(results: dict[str, Any]) -> str:
+    machine, versions = results["machine"], results["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "absent")
+    build = results["build_info"]
+    kernels = f"C++ kernels ({build['cpu_capability']})" if build["cpu"] else "pure PyTorch fallback"
+    return (
+        f"{machine['cpu']}, {results['threads']} threads, float32, {kernels}, triplet_ext {build['version']},"
+        f" {packages}, {results['date']}"
+    )
+
+
+def _disturbed(results: dict[str, Any]) -> str:
+    shares = [row.get("others") or 0.0 for row in results["times"]]
+    count = sum(share > BUSY for share in shares)
+    if not count:
+        return ""
+    return (
+        f"Other processes kept the machine busy during {count} of {len(shares)} comparisons"
+        f" (up to {100 * max(shares):.0f} % of the cores): those figures are in doubt."
+    )
+
+
+def block(results: dict[str, Any], plot: str = "") -> str:
+    """The block for the README; ``plot`` is the path of the picture, as the README sees it."""
+    records = Records(results)
+    mined, explicit = _memory(records, True), _memory(records, False)
+    parts = [
+        _disturbed(results),
+        f"Measured by `python -m benchmarks` on {_where(results)}. Forward + backward unless said otherwise. The two"
+        " sides of a ratio take turns; a figure is the median, in parentheses the 10th and 90th percentile. Values and"
+        " gradients are compared before.",
+        "**Batch-hard**, 4 rows a class, every triplet active:",
+        _mined(records),
+        "**Given triplets:**",
+        _explicit(records),
+        "**Extra peak memory, MB** (gradients included, inputs not):",
+        mined,
+        explicit,
+    ]
+    if (ms := records.import_ms()) is not None:
+        parts.append(f"`import triplet_ext` adds {_digits(ms)} ms to `import torch`.")
+    if plot:
+        parts.append(f"![Time and extra memory of batch-hard against the batch size]({plot})")
+    return "\n\n".join(filter(None, parts))
+
+
+def goals(results: dict[str, Any]) -> str:
+    return _table(["asked", "measured", ""], [list(row) for row in judged(results)])
+
+
+def _passes(records: Records) -> str:
+    """Each pass of each side, and the ratio with its spread."""
+    rows = []
+    for row in records.results["times"]:
+        head = [row["case"]["name"], row["title"]]
+        if "skipped" in row:
+            rows.append([*head, "", "", "", f"skipped: {row['skipped']}", "", ""])
+            continue
+        for name, ratio in row["ratio"].items():
+            theirs = row["side_ms"].get(name) or row["side_ms"]["forward"]
+            spread = f"{ratio['median']:.3f} ({ratio['p10']:.3f}–{ratio['p90']:.3f})"
+            times = [_spread(row["ours_ms"][name]), _spread(theirs)]
+            others = "–" if row["others"] is None else f"{100 * row['others']:.0f} %"
+            rows.append([*head, name, *times, spread, str(row["pairs"]), others])
+    return _table(["case", "side", "pass", "ours, ms", "side, ms", "ours ÷ side", "pairs", "others' load"], rows)
+
+
+def page(results: dict[str, Any], plot: str = "") -> str:
+    """Everything that a run says, as a page beside its JSON."""
+    parts = [f"# {results['machine']['cpu']}, {results['machine']['cores']} cores", block(results, plot)]
+    if results["mode"] == "full":
+        parts += ["## Asked and measured", goals(results)]
+    parts += ["## Every pass", _passes(Records(results)), "## Notes", "\n".join("- " + n for n in results["notes"])]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,201 @@
+"""Who is measured: ours and the peers, each built for a case from its live package."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cases import EXPLICIT, MINED, Case
+
+Loss = Callable[..., Tensor]
+PASSES = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One implementation.
+
+    Attributes:
+        families, distances: the cases that it can take; no distances: all.
+        build: the callable for a case; imports what it needs.
+        passes: what can be timed; a side without a backward is a yardstick, not a loss.
+        requires: the module that has to be importable.
+        matrices: its peak in B x B float32 matrices, roughly: sides that can't fit are skipped, not tried.
+        remark: where its definition can't coincide with ours, and what the comparison does about it.
+    """
+
+    name: str
+    title: str
+    families: tuple[str, ...]
+    build: Callable[[Case], Loss]
+    distances: tuple[str, ...] = ()
+    passes: tuple[str, ...] = PASSES
+    requires: str = "torch"
+    matrices: float = 0.0
+    remark: str = ""
+
+    def takes(self, case: Case) -> bool:
+        return case.family in self.families and (not self.distances or case.distance in self.distances)
+
+    def bytes_needed(self, case: Case) -> float:
+        return self.matrices * 4.0 * case.batch**2
+
+
+def absent(side: Side) -> str:
+    """Why a side can't run here; empty if it can. A peer's broken import is no failure of ours."""
+    try:
+        importlib.import_module(side.requires)
+    except Exception as error:
+        return f"{side.requires} can't be imported: {type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def _ours(case: Case) -> Loss:
+    import triplet_ext
+
+    if case.family == "torch_nn":
+        return triplet_ext.TripletMarginLoss(case.margin)
+    mining = case.family if case.family in MINED else "batch_hard"
+    return triplet_ext.TripletLoss(case.margin, distance=case.distance, mining=mining)
+
+
+def _mm(case: Case) -> Loss:
+    return lambda x, labels: torch.mm(x, x.T)
+
+
+def _eager(case: Case, expanded: bool) -> Loss:
+    """Batch-hard as people write it in PyTorch: the matrix from cdist or from the expanded square, masks, max, min."""
+
+    def distances(x: Tensor) -> Tensor:
+        if expanded:
+            square = x.pow(2).sum(1)
+            return (square[:, None] - 2 * (x @ x.T) + square).clamp(min=0)
+        matrix = torch.cdist(x, x)
+        return matrix if case.distance == "euclidean" else matrix.pow(2)
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        matrix = distances(x)
+        same = labels[:, None] == labels
+        itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+        positive = matrix.masked_fill(~same | itself, -torch.inf).max(1).values
+        negative = matrix.masked_fill(same, torch.inf).min(1).values
+        return torch.relu(positive - negative + case.margin).mean()
+
+    return loss
+
+
+def _torch_nn(case: Case) -> Loss:
+    return torch.nn.TripletMarginLoss(case.margin)
+
+
+class _Textbook(torch.nn.Module):
+    def __init__(self, margin: float, root: bool) -> None:
+        super().__init__()
+        self.margin, self.root = margin, root
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        d_ap = (anchor - positive).pow(2).sum(1)
+        d_an = (anchor - negative).pow(2).sum(1)
+        if self.root:
+            d_ap, d_an = d_ap.sqrt(), d_an.sqrt()
+        return torch.relu(d_ap - d_an + self.margin).mean()
+
+
+def _textbook(case: Case) -> Loss:
+    return _Textbook(case.margin, case.distance == "euclidean")
+
+
+def _pytorch_metric_learning(case: Case) -> Loss:
+    from pytorch_metric_learning import distances, losses, miners, reducers
+
+    def distance() -> distances.LpDistance:
+        return distances.LpDistance(normalize_embeddings=False, power=1 if case.distance == "euclidean" else 2)
+
+    miner = miners.BatchHardMiner(distance=distance())
+    # Its own default divides by the number of active triplets; MeanReducer by that of all, as ours.
+    loss = losses.TripletMarginLoss(case.margin, distance=distance(), reducer=reducers.MeanReducer())
+    return lambda x, labels: loss(x, labels, miner(x, labels))
+
+
+def _sentence_transformers(case: Case) -> Loss:
+    try:
+        module = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    except ImportError:  # before version 6
+        module = importlib.import_module("sentence_transformers.losses")
+    metric = module.BatchHardTripletLossDistanceFunction.euclidean_distance
+    metric = functools.partial(metric, squared=case.distance == "squared_euclidean")
+    loss = module.BatchHardTripletLoss(None, metric, case.margin)  # no model: embeddings come ready-made
+    return lambda x, labels: loss.batch_hard_triplet_loss(labels, x)
+
+
+OURS = Side("ours", "triplet_ext", MINED + EXPLICIT, _ours)
+OTHERS = [
+    Side(
+        "mm",
+        "torch.mm(x, x.T)",
+        MINED,
+        _mm,
+        passes=("forward",),
+        matrices=1,
+        remark="the yardstick, its forward alone: what it costs just to have the matrix that ours never writes",
+    ),
+    Side(
+        "eager_cdist",
+        "eager PyTorch (cdist)",
+        ("batch_hard",),
+        functools.partial(_eager, expanded=False),
+        matrices=7,
+        remark="the mean runs over all anchors; equal to ours where each has a positive and a negative",
+    ),
+    Side(
+        "eager_mm",
+        "eager PyTorch (mm)",
+        ("batch_hard",),
+        functools.partial(_eager, expanded=True),
+        distances=("squared_euclidean",),  # the root of the expanded square has a NaN gradient on the diagonal
+        matrices=7,
+        remark="the same, squared distance only: the root of an expanded square has NaN gradients at 0",
+    ),
+    Side(
+        "pytorch_metric_learning",
+        "pytorch-metric-learning",
+        ("batch_hard",),
+        _pytorch_metric_learning,
+        requires="pytorch_metric_learning",
+        matrices=10,
+        remark="BatchHardMiner + TripletMarginLoss; set to ours: LpDistance unnormalised, MeanReducer, the same margin",
+    ),
+    Side(
+        "sentence_transformers",
+        "sentence-transformers",
+        ("batch_hard",),
+        _sentence_transformers,
+        requires="sentence_transformers",
+        matrices=12,
+        remark="BatchHardTripletLoss on ready-made embeddings; it keeps singletons in the mean, the data has none",
+    ),
+    Side("torch_nn", "torch.nn.TripletMarginLoss", ("torch_nn",), _torch_nn),
+    Side(
+        "torch_nn",
+        "torch.nn.TripletMarginLoss",
+        ("explicit",),
+        _torch_nn,
+        distances=("euclidean",),
+        remark="adds eps = 1e-6 to each component, which TripletLoss does not: equal within the tolerance",
+    ),
+    Side("textbook", "textbook module", ("explicit",), _textbook),
+]
+
+
+def sides_of(case: Case) -> list[Side]:
+    """The peers that a case is measured against."""
+    return [side for side in OTHERS if side.takes(case)]
+
+
+def side_named(name: str, case: Case) -> Side:
+    return next(side for side in (OURS, *OTHERS) if side.name == name and side.takes(case))

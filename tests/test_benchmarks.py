@@ -1,0 +1,318 @@
+"""The benchmark runner: its arithmetic, its refusals and a smoke run. Nothing here judges a speed."""
+
+import gc
+import itertools
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: an installed triplet_ext goes first
+
+from benchmarks import agree, goals, machine, measure, memory, report, sides, timing  # noqa: E402
+from benchmarks.__main__ import dumps, main  # noqa: E402
+from benchmarks.cases import FULL, MEMORY_FULL, QUICK, Case  # noqa: E402
+from benchmarks.data import inputs, rotation  # noqa: E402
+from benchmarks.records import Records  # noqa: E402
+
+SMALL = Case("batch_hard", 64, 16)
+
+
+class FakeClock:
+    """Each mark is one later than the last one was, plus what the sides say they cost."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def mark(self):
+        return self.now
+
+    def seconds(self, start, end):
+        return end - start
+
+
+def fake_step(clock, log, name, costs, backward=True):
+    """A side whose k-th forward costs costs[k], and whose backward costs twice as much."""
+    costs = itertools.cycle(costs)
+
+    class Cost(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, cost):
+            ctx.cost = cost
+            clock.now += cost
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            clock.now += 2 * ctx.cost
+            return grad.expand(SMALL.batch, SMALL.width), None
+
+    def loss(x, labels):
+        log.append((name, gc.isenabled(), x.requires_grad, x.data_ptr()))
+        return Cost.apply(x, next(costs))
+
+    return timing.Step(loss, backward)
+
+
+def test_a_step_times_forward_backward_and_both():
+    clock, log = FakeClock(), []
+    step = fake_step(clock, log, "a", [3.0])
+    assert step(inputs(SMALL, 1), clock) == {"forward": 3.0, "backward": 6.0, "both": 9.0}
+    assert fake_step(clock, log, "b", [3.0], backward=False)(inputs(SMALL, 1), clock) == {"forward": 3.0}
+    assert [wants_gradient for _, _, wants_gradient, _ in log] == [True, False]
+
+
+def test_sides_alternate_on_rotating_inputs_with_the_collector_off():
+    clock, log = FakeClock(), []
+    sets = rotation(SMALL)
+    ours, side = fake_step(clock, log, "ours", [1.0]), fake_step(clock, log, "side", [1.0])
+    timing.compare(ours, side, sets, timing.Budget(1e9, at_least=2, at_most=6), clock)
+    measured = log[-12:]
+    assert [name for name, *_ in measured] == ["ours", "side"] * 6
+    assert not any(enabled for _, enabled, _, _ in measured)
+    assert gc.isenabled()
+    where = [pointer for *_, pointer in measured]
+    assert where[0::2] == where[1::2]  # a pair sees the same set
+    assert len(set(where)) == min(len(sets), 6) > 1
+
+
+def test_the_ratio_is_the_median_over_pairs_not_the_ratio_of_medians():
+    clock = FakeClock()
+    pairs = timing.Pairs({"forward": [1.0, 8.0, 9.0]}, {"forward": [4.0, 2.0, 3.0]})
+    assert pairs.ratios() == {"forward": [0.25, 4.0, 3.0]}
+    assert timing.summary(pairs.ratios()["forward"])["median"] == 3.0  # medians: 8 / 3
+    yardstick = timing.compare(
+        fake_step(clock, [], "ours", [1.0]),
+        fake_step(clock, [], "mm", [2.0], backward=False),
+        rotation(SMALL),
+        timing.Budget(0.0, at_least=3, at_most=9),
+        clock,
+    )
+    assert yardstick.ratios() == {"forward": [0.5] * 3, "backward": [1.0] * 3, "both": [1.5] * 3}
+
+
+@pytest.mark.parametrize(("seconds_of_one", "pairs"), [(1.0, 10), (100.0, 3), (0.001, 50), (0.0, 50)])
+def test_a_budget_sets_the_number_of_pairs(seconds_of_one, pairs):
+    assert timing.Budget(10.0, at_least=3, at_most=50).pairs(seconds_of_one) == pairs
+
+
+def test_summary():
+    assert timing.summary(range(11)) == {"median": 5.0, "p10": 1.0, "p90": 9.0}
+
+
+def test_inputs():
+    case = Case("batch_hard", 32, 8)
+    a, b = inputs(case, 1), inputs(case, 2)
+    assert not torch.equal(a.plain[0], b.plain[0]) and bool(a.plain[0].ne(0).all())
+    assert a.plain[1].bincount().tolist() == [4] * 8 and not torch.equal(a.plain[1], a.plain[1].sort().values)
+    assert [x.requires_grad for x in a.args] == [True, False] and not any(x.requires_grad for x in a.plain)
+    assert len(inputs(Case("explicit", 32, 8), 1).leaves) == 3
+    with pytest.raises(ValueError, match="multiple of per_class=4"):
+        inputs(Case("batch_hard", 30, 8), 1)
+
+
+def _pairs():
+    cases = [
+        SMALL,
+        replace(SMALL, distance="euclidean"),
+        Case("explicit", 64, 16),
+        Case("explicit", 64, 16, "euclidean"),
+        Case("torch_nn", 64, 16, "p_norm"),
+    ]
+    return [(case, side) for case in cases for side in sides.sides_of(case) if "backward" in side.passes]
+
+
+@pytest.mark.parametrize(("case", "side"), _pairs(), ids=lambda x: x.name)
+def test_every_side_agrees_with_ours(case, side):
+    if reason := sides.absent(side):
+        pytest.skip(reason)
+    agree.check(sides.OURS.build(case), side.build(case), inputs(case, 0, half_active=True), side.title)
+
+
+def test_disagreement_is_noticed():
+    batch = inputs(SMALL, 0, half_active=True)
+    ours = sides.OURS.build(SMALL)
+    with pytest.raises(agree.Disagreement, match="x: the loss is"):
+        agree.check(ours, sides.OURS.build(replace(SMALL, margin=1.1)), batch, "x")
+    with pytest.raises(agree.Disagreement, match="the loss is nan"):
+        agree.check(ours, lambda x, y: ours(x, y) * torch.nan, batch, "x")
+    with pytest.raises(agree.Disagreement, match="rows of the gradient differ"):
+        agree.check(ours, lambda x, y: ours(x.detach(), y) + (x - x.detach()).sum(), batch, "x")
+
+
+def test_case_names_are_unique_and_goals_name_cases_that_are_measured():
+    for cases in (FULL, QUICK, MEMORY_FULL):
+        assert len({case.name for case in cases}) == len(cases)
+    timed = {(case.name, side.name) for case in FULL for side in sides.sides_of(case)}
+    for goal in goals.GOALS:
+        assert all((goal.case, side) in timed for side in goal.sides)
+        assert goal.kind != "memory" or goal.case in {case.name for case in MEMORY_FULL}
+
+
+def _results():
+    """A run as JSON, without one: ours takes 2 ms, mm 5 ms, eager 30 and 40 ms, memory 8 MB and 1 GB."""
+
+    def row(case, side, theirs, passes=("forward", "backward", "both")):
+        ours = dict.fromkeys(("forward", "backward", "both"), [2.0])
+        other = dict.fromkeys(passes, [theirs])
+        return {
+            "case": case.to_json(),
+            "side": side,
+            "title": side.upper(),
+            "pairs": 1,
+            "others": 0.02,
+            "ratio": {k: timing.summary([2.0 / theirs]) for k in ours},
+            "ours_ms": {k: timing.summary(v) for k, v in ours.items()},
+            "side_ms": {k: timing.summary(v) for k, v in other.items()},
+            "raw_us": {"ours": {k: [2000.0] for k in ours}, "side": {k: [1e3 * theirs] for k in other}},
+        }
+
+    case, huge = Case("batch_hard", 4096, 128), Case("batch_hard", 16384, 128)
+    explicit = Case("torch_nn", 4096, 128, "p_norm")
+    weighed = [
+        {"case": huge.to_json(), "side": "ours", "title": "triplet_ext", "bytes": 8 << 20},
+        {"case": huge.to_json(), "side": "mm", "title": "MM", "bytes": 1 << 30},
+        {"case": huge.to_json(), "side": "peer", "title": "PEER", "skipped": "needs about 99 GB, 1 GB are free"},
+    ]
+    return {
+        "mode": "full",
+        "date": "2020-01-01",
+        "device": "cpu",
+        "machine": {"cpu": "A CPU", "cores": 2, "memory_gb": 8.0, "system": "Linux x86_64", "python": "3.12"},
+        "threads": 2,
+        "versions": {"torch": "2.13.0", "sentence-transformers": "absent"},
+        "build_info": {"version": "0.1.0", "cpu": True, "cpu_capability": "AVX2", "why_no_cpu": ""},
+        "notes": ["a note"],
+        "import": {"triplet_ext_ms": timing.summary([120.0])},
+        "times": [
+            row(case, "mm", 5.0, ("forward",)),
+            row(case, "eager_cdist", 30.0),
+            row(case, "eager_mm", 40.0),
+            row(explicit, "torch_nn", 3.0),
+            {"case": huge.to_json(), "side": "mm", "title": "MM", "skipped": "needs about 99 GB, 1 GB are free"},
+        ],
+        "memory": weighed,
+    }
+
+
+def test_goals():
+    rows = {asked: (measured, verdict) for asked, measured, verdict in goals.judged(_results())}
+    assert rows["batch_hard-4096x128: at most 0.45 × mm"] == ("0.4", "met")
+    # Against the faster of the two eager sides: 30 / 2.
+    assert rows["batch_hard-4096x128: at least 12 × faster than eager_cdist and eager_mm"] == ("15", "met")
+    assert rows["torch_nn-4096x128: at least 2 × faster than torch_nn"] == ("1.5", "MISSED")
+    assert rows["batch_hard-16384x128: at most 32 MB extra peak memory"] == ("8", "met")
+    assert rows["import triplet_ext: at most 100 ms on top of torch"] == ("120", "MISSED")
+    assert rows["batch_hard-8192x512: at most 0.6 × mm"] == ("not measured", "")
+
+
+def test_records():
+    records = Records(_results())
+    assert records.side_ms("batch_hard-4096x128", "ours", "both")["median"] == 2.0
+    assert records.side_ms("batch_hard-4096x128", "mm", "both")["median"] == 5.0  # a yardstick: its forward
+    assert records.side_ms("batch_hard-16384x128", "mm", "both") is None
+    assert records.ratio("batch_hard-4096x128", "nobody", "both") is None
+
+
+def test_report_says_what_was_measured():
+    text = report.block(_results(), "results/x.png")
+    row = next(line for line in text.splitlines() if line.startswith("| 4096 × 128 |"))
+    assert row.split(" | ")[3:] == ["2 (2–2)", "0.40", "15 ×", "20 × |"]
+    assert "| `TripletMarginLoss`, 4096 × 128 | 2 (2–2) | TORCH_NN | 1.5 × | 1.5 × | 1.5 × |" in text
+    assert "| batch_hard, 16384 × 128 | 8.0 | 1024 | does not fit |" in text
+    assert "adds 120 ms" in text and "(results/x.png)" in text and "sentence-transformers" not in text
+    assert "in doubt" not in text
+    disturbed = _results()
+    disturbed["times"][0]["others"] = 0.5
+    assert "during 1 of 5 comparisons (up to 50 % of the cores)" in report.block(disturbed)
+    page = report.page(_results())
+    assert "## Asked and measured" in page and "skipped: needs about 99 GB" in page and "- a note" in page
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        assert len({line.count(" | ") for line in table.splitlines()}) == 1, table
+
+
+def test_markers():
+    text = f"# Title\n{report.BEGIN}\nold\n{report.END}\nend\n"
+    new = report.replace_between_markers(text, "new\n")
+    assert new == f"# Title\n{report.BEGIN}\nnew\n{report.END}\nend\n"
+    assert report.replace_between_markers(new, "new") == new
+    for wrong in ("none", report.BEGIN, report.END + report.BEGIN, text + text):
+        with pytest.raises(ValueError, match="benchmarks:begin"):
+            report.replace_between_markers(wrong, "new")
+
+
+def test_table_is_made_again_from_json(tmp_path, capsys):
+    saved, readme = tmp_path / "results" / "cpu.json", tmp_path / "README.md"
+    saved.parent.mkdir()
+    saved.write_text(dumps(_results()))
+    assert json.loads(saved.read_text()) == _results()
+    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    assert main(["--table", str(saved), "--readme", str(readme)]) == 0
+    first = readme.read_text()
+    assert first.startswith("before\n") and first.endswith("after\n") and "| 4096 × 128 |" in first
+    assert main(["--table", str(saved.parent), "--readme", str(readme)]) == 0
+    assert readme.read_text() == first
+    assert saved.with_suffix(".md").exists()
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="must contain <!-- benchmarks:begin -->"):
+        main(["--table", str(saved), "--readme", str(readme)])
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    assert plot.curves(_results())["triplet_ext"] == {"time": [(4096, 2.0)], "memory": [(16384, 8.0)]}
+    plot.draw(_results(), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "name"),
+    [
+        ("AMD EPYC", 2, "cpu-amd-epyc-2-cores"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", 1, "cpu-intel-xeon-1-core"),
+        ("", 8, "cpu-unknown-8-cores"),
+    ],
+)
+def test_result_files_are_named_after_the_machine(model, count, name):
+    assert machine.name_of("cpu", model, count) == name
+
+
+def test_memory_sees_what_a_side_allocates():
+    case = Case("batch_hard", 2048, 16)
+    mm = next(side for side in sides.sides_of(case) if side.name == "mm")
+    assert memory.measure(mm, case)["bytes"] == pytest.approx(4 * 2048**2, rel=0.3)
+    greedy = replace(mm, matrices=1e9)
+    assert memory.measure(greedy, case)["skipped"].startswith("needs about")
+
+
+def test_an_absent_peer_is_a_note(monkeypatch):
+    said = []
+    gone = replace(sides.OTHERS[1], requires="no_such_module")
+    monkeypatch.setattr(sides, "OTHERS", [gone])
+    plan = measure.Plan("quick", [SMALL], [], timing.Budget(0.0, 1, 1), 1, 0.0)
+    results = measure.run(plan, said.append)
+    assert results["times"] == [] and any("no_such_module can't be imported" in line for line in said)
+    assert any("no_such_module" in note for note in results["notes"])
+
+
+def test_smoke(tmp_path, capsys, monkeypatch):
+    plan = measure.Plan("quick", [SMALL], [], timing.Budget(0.01, 1, 3), 1, 0.0)
+    monkeypatch.setitem(measure.PLANS, "quick", plan)
+    readme = Path(__file__).parents[1] / "README.md"
+    before = readme.read_text()
+    assert main(["--quick", "--output", str(tmp_path)]) == 0
+    assert readme.read_text() == before
+    assert "at most" not in capsys.readouterr().out  # nothing is judged
+    (saved,) = tmp_path.glob("*.json")
+    results = json.loads(saved.read_text())
+    assert {"mm", "eager_cdist", "eager_mm"} <= {row["side"] for row in results["times"]}
+    for row in results["times"]:
+        assert row["ratio"]["both"]["median"] > 0 and row["pairs"] >= 1
+        assert set(row["raw_us"]["ours"]) == {"forward", "backward", "both"}
+    assert main(["--quick", "--only", "nothing"]) == 2

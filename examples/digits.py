@@ -15,7 +15,10 @@ import shutil
 import sys
 import time
 
+import images as data
 import torch
+from model import Embedder, augment
+from retrieval import project, retrieval
 from torch import Tensor
 
 import triplet_ext
@@ -48,7 +51,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument("--soft-margin", action="store_true", help="log(1 + exp(t)) in place of max(0, t)")
     how.add_argument("--dimensions", type=_whole(2), default=256, metavar="D", help="of the embedding (default 256)")
-    how.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="of Adam, at first (default 0.001)")
+    how.add_argument(
+        "--learning-rate", type=_positive, default=1e-3, metavar="R", help="of Adam, at first (default 0.001)"
+    )
     how.add_argument(
         "--turn",
         action=argparse.BooleanOptionalAction,
@@ -58,8 +63,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     run = parser.add_argument_group("the run")
     run.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="default 0")
-    run.add_argument("--threads", type=_whole(1), metavar="N", help="default: torch's choice")
-    run.add_argument("--device", type=torch.device, default="cpu", help="default cpu")
+    run.add_argument(
+        "--threads",
+        type=_whole(1),
+        metavar="N",
+        help="default: torch's choice; the digits give the same numbers whatever it is, --data for the same N",
+    )
+    run.add_argument("--device", type=_device, default="cpu", help="default cpu")
     run.add_argument(
         "--output", type=pathlib.Path, default="demo-output", metavar="DIR", help="for pictures (default demo-output)"
     )
@@ -95,6 +105,23 @@ def _share(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text!r}")
     return value
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from None
 
 
 class Progress:
@@ -135,8 +162,6 @@ def embed(network: torch.nn.Module, images: Tensor) -> Tensor:
 
 def train(options, images, split, network, measure, curves):
     """Trains in place; returns images, labels and embeddings of the last batch."""
-    from model import augment
-
     pixels, labels = images.pixels.to(options.device), images.labels.to(options.device)
     sampler = PKBatchSampler(images.labels[split.train], options.classes, options.samples, seed=options.seed)
     loss = triplet_ext.TripletLoss(options.margin, distance=options.distance, soft_margin=options.soft_margin)
@@ -167,6 +192,8 @@ def train(options, images, split, network, measure, curves):
 
         stats = loss.stats
         curves.loss.append(float(value.detach()))
+        if not math.isfinite(curves.loss[-1]):
+            raise FloatingPointError(f"the loss of step {step} is {curves.loss[-1]}; try a smaller --learning-rate")
         curves.active.append(float(stats.active) / max(1, int(stats.triplets)))
         curves.positive.append(float(stats.positive_distance))
         curves.negative.append(float(stats.negative_distance))
@@ -200,10 +227,9 @@ def hardest(embeddings: Tensor, labels: Tensor, options) -> tuple[list[tuple[int
         if frozenset((a, p)) not in rows and len(rows) < STRIPS:
             rows[frozenset((a, p))] = (a, p, n), t
     members = [row for row, _ in rows.values()]
-    # A margin of 0 and one of the two distances against 0: the functional form measures any pair.
     a, p, n = embeddings[torch.tensor(members)].unbind(1)
-    zero = dict(margin=0.0, distance=options.distance, reduction="none")
-    distances = [triplet_ext.functional.triplet_loss(a, other, a, **zero) for other in (p, n)]
+    alone = dict(margin=0.0, distance=options.distance, reduction="none")  # with d(a, a) = 0: d(a, other)
+    distances = [triplet_ext.functional.triplet_loss(a, other, a, **alone) for other in (p, n)]
     return members, torch.stack(distances, 1), losses[[t for _, t in rows.values()]]
 
 
@@ -222,8 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     try:
         import figures
-        import images as data
 
+        options.output.mkdir(parents=True, exist_ok=True)
         images = data.folder(options.data, options.size) if options.data else data.digits()
     except ImportError as error:
         if error.name is None or error.name.split(".")[0] not in ("sklearn", "matplotlib", "PIL"):
@@ -233,12 +259,16 @@ def main(argv: list[str] | None = None) -> int:
     except data.Unusable as why:
         print(f"Nothing to train on: {why}.", file=sys.stderr)
         return 1
-    from model import Embedder
-    from retrieval import project, retrieval
-
+    except OSError as error:
+        print(f"Nowhere to write to: {error}.", file=sys.stderr)
+        return 1
     began = time.perf_counter()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if not options.data:
+        # The convolutions of oneDNN sum in an order that depends on the number of threads. What stands in for them
+        # does so for larger images only, and takes longer.
+        torch.backends.mkldnn.enabled = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.manual_seed(options.seed)
 
@@ -269,14 +299,18 @@ def main(argv: list[str] | None = None) -> int:
     for part in ("seen", "unseen"):
         getattr(curves, part).append(scores["untrained network"][part])
 
-    last = train(options, images, split, network, measure, curves)
+    try:
+        last = train(options, images, split, network, measure, curves)
+    except FloatingPointError as error:
+        print(f"\nStopped: {error}.", file=sys.stderr)
+        return 1
     scores["trained network"] = {"seen": curves.seen[-1], "unseen": curves.unseen[-1]}
     after = project(embed(network, test_images[tested]))
     parts = {"seen": f"seen, {len(split.seen)} images", "unseen": f"unseen, {len(split.unseen)} images"}
     print("\n" + table(scores, parts) + "\n")
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    panels = [("before: the untrained network", before), ("after: the trained network", after)]
+    panels = [(f"before: {_title(scores['untrained network'])}", before)]
+    panels += [(f"after: {_title(scores['trained network'])}", after)]
     pictures = {
         "embedding.png": figures.embedding(panels, images.labels[tested], unseen, images.names),
         "training.png": figures.training(curves, scores["raw pixels"], options.distance),
@@ -285,9 +319,14 @@ def main(argv: list[str] | None = None) -> int:
     for name, picture in pictures.items():
         figures.save(picture, options.output / name)
     results = {"scores": scores, "curves": curves._asdict()}
-    (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.output / "results.json").write_text(json.dumps(results) + "\n")
     print(f"{', '.join([*pictures, 'results.json'])} are in {options.output}; {time.perf_counter() - began:.0f} s")
     return 0
+
+
+def _title(scores: dict[str, tuple[float, float]]) -> str:
+    quality = ", ".join(f"{part} {mapr:.2f}" for part, (_, mapr) in scores.items() if math.isfinite(mapr))
+    return f"MAP@R {quality}"
 
 
 def _listed(names: list[str], most: int = 10) -> str:

@@ -128,8 +128,8 @@ def triplets(
     """
     columns = 2
     lines = -(-len(rows) // columns)
-    figure = Figure(figsize=(11.6, 0.7 + 2.15 * lines), layout="constrained")
-    figure.suptitle("the hardest triplets of the last batch: as the network saw them", fontsize=12)
+    figure = Figure(figsize=(9.6, 0.6 + 1.85 * lines), layout="constrained")
+    figure.suptitle("the hardest triplets of the last batch, as the network saw them", fontsize=12)
     grid = figure.add_gridspec(lines, 4 * columns, width_ratios=[1, 1, 1, 0.25] * columns)
     for strip, members in enumerate(rows):
         d_ap, d_an = distances[strip].tolist()

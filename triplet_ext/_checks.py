@@ -8,7 +8,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from .reference import DISTANCES, P_NORM, REDUCTIONS
+from .reference import DISTANCES, REDUCTIONS
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FLOATING_NAMES = "float32, float64, float16 or bfloat16"
@@ -71,16 +71,13 @@ def options(
     )
 
 
-def p_norm_options(margin_value: object, p: object, eps: object, swap: object, reduction: object):
-    """((margin, distance, swap, soft_margin, reduction), p, eps) of torch.nn.TripletMarginLoss."""
-    chosen = (
-        margin(margin_value),
-        P_NORM,
-        flag("swap", swap),
-        False,
-        choice("reduction", reduction, ("mean", "sum", "none")),
-    )
-    return chosen, number("p", p, 0), number("eps", eps)
+def p_norm_options(margin_value: object, p: object, eps: object, swap: object, reduction: object) -> None:
+    """The options of torch.nn.TripletMarginLoss."""
+    margin(margin_value)
+    number("p", p, 0)
+    number("eps", eps)
+    flag("swap", swap)
+    choice("reduction", reduction, ("mean", "sum", "none"))
 
 
 # --- tensors --------------------------------------------------------------------------------------------------

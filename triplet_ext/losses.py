@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _checks, functional
 from .functional import TripletStats
 from .mining import PRESETS, Triplets
+from .reference import P_NORM
 
 
 class TripletLoss(torch.nn.Module):
@@ -161,10 +162,23 @@ class TripletMarginLoss(torch.nn.TripletMarginLoss):
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
 
+    def __init__(
+        self,
+        margin: float = 1.0,
+        p: float = 2.0,
+        eps: float = 1e-6,
+        swap: bool = False,
+        size_average: Optional[bool] = None,
+        reduce: Optional[bool] = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(margin, p, eps, swap, size_average, reduce, reduction)
+        _checks.p_norm_options(margin, p, eps, swap, self.reduction)
+
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        options, p, eps = _checks.p_norm_options(self.margin, self.p, self.eps, self.swap, self.reduction)
+        options = (self.margin, P_NORM, self.swap, False, self.reduction)
         rows = _checks.explicit(*_checks.broadcast(anchor, positive, negative))
         if any(x.shape[-1] != rows[0].shape[-1] for x in (anchor, positive, negative)):
             # Each pair broadcasts on its own there: two of one feature keep one, whatever the third has.
             return super().forward(anchor, positive, negative)
-        return functional.explicit_with_stats(*rows, options, p, eps)[0]
+        return functional.explicit_with_stats(*rows, options, self.p, self.eps)[0]

@@ -34,7 +34,7 @@ class Plan:
 
 
 PLANS = {
-    "full": Plan("full", FULL, MEMORY_FULL, Budget(8.0, at_least=3, at_most=200), 11, 180.0),
+    "full": Plan("full", FULL, MEMORY_FULL, Budget(6.0, at_least=3, at_most=200), 11, 180.0),
     "quick": Plan("quick", QUICK, MEMORY_QUICK, Budget(1.0, at_least=3, at_most=50), 3, 0.0),
 }
 

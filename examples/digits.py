@@ -26,6 +26,7 @@ from triplet_ext.data import PKBatchSampler
 
 EVALUATIONS = 12  # points of the MAP@R curves
 STRIPS = 8  # triplets that are drawn
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow"}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,9 +52,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument("--soft-margin", action="store_true", help="log(1 + exp(t)) in place of max(0, t)")
     how.add_argument("--dimensions", type=_whole(2), default=256, metavar="D", help="of the embedding (default 256)")
-    how.add_argument(
-        "--learning-rate", type=_positive, default=1e-3, metavar="R", help="of Adam, at first (default 0.001)"
-    )
+    how.add_argument("--learning-rate", type=_positive, default=1e-3, metavar="R", help="of Adam (default 0.001)")
     how.add_argument(
         "--turn",
         action=argparse.BooleanOptionalAction,
@@ -211,26 +210,25 @@ def train(options, images, split, network, measure, curves):
 
 
 def hardest(embeddings: Tensor, labels: Tensor, options) -> tuple[list[tuple[int, int, int]], Tensor, Tensor]:
-    """The mined triplets of largest loss, their distances [T, 2] and losses [T]; no pair of positives twice."""
-    chosen = triplet_ext.mine(embeddings, labels, distance=options.distance)
-    losses = triplet_ext.functional.indexed_triplet_loss(
-        embeddings,
-        chosen,
-        margin=options.margin,
-        distance=options.distance,
-        soft_margin=options.soft_margin,
-        reduction="none",
-    )
-    rows: dict[frozenset[int], tuple[tuple[int, int, int], int]] = {}
-    for t in losses.argsort(descending=True, stable=True).tolist():
-        a, p, n = (int(index[t]) for index in chosen)
-        if frozenset((a, p)) not in rows and len(rows) < STRIPS:
-            rows[frozenset((a, p))] = (a, p, n), t
-    members = [row for row, _ in rows.values()]
-    a, p, n = embeddings[torch.tensor(members)].unbind(1)
-    alone = dict(margin=0.0, distance=options.distance, reduction="none")  # with d(a, a) = 0: d(a, other)
-    distances = [triplet_ext.functional.triplet_loss(a, other, a, **alone) for other in (p, n)]
-    return members, torch.stack(distances, 1), losses[[t for _, t in rows.values()]]
+    """The mined triplets of largest d_ap - d_an, in that order, none with the anchor and positive of another.
+
+    Returns their rows (anchor, positive, negative), their distances [T, 2] and their losses [T].
+    """
+    functional, distance = triplet_ext.functional, options.distance
+    chosen = triplet_ext.mine(embeddings, labels, distance=distance)
+    form = dict(margin=options.margin, distance=distance, soft_margin=options.soft_margin, reduction="none")
+    losses = functional.indexed_triplet_loss(embeddings, chosen, **form)
+    a, p, n = (embeddings[index] for index in chosen)
+    alone = dict(margin=0.0, distance=distance, reduction="none")  # with d(a, a) = 0: d(a, other)
+    distances = torch.stack([functional.triplet_loss(a, other, a, **alone) for other in (p, n)], 1)
+    pairs, shown = set(), []
+    for t in (distances[:, 0] - distances[:, 1]).argsort(descending=True, stable=True).tolist():
+        pair = frozenset((int(chosen.anchor[t]), int(chosen.positive[t])))
+        if pair not in pairs and len(shown) < STRIPS:
+            pairs.add(pair)
+            shown.append(t)
+    rows = [(a, p, n) for a, p, n in torch.stack(chosen, 1)[shown].tolist()]
+    return rows, distances[shown], losses[shown]
 
 
 def table(scores: dict[str, dict[str, tuple[float, float]]], parts: dict[str, str]) -> str:
@@ -252,9 +250,10 @@ def main(argv: list[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         images = data.folder(options.data, options.size) if options.data else data.digits()
     except ImportError as error:
-        if error.name is None or error.name.split(".")[0] not in ("sklearn", "matplotlib", "PIL"):
+        missing = DISTRIBUTIONS.get((error.name or "").split(".")[0])
+        if missing is None:
             raise
-        print(f"The demo needs {error.name}: pip install 'triplet_ext[demo]'", file=sys.stderr)
+        print(f"The demo needs {missing}: pip install 'triplet_ext[demo]'", file=sys.stderr)
         return 1
     except data.Unusable as why:
         print(f"Nothing to train on: {why}.", file=sys.stderr)
@@ -309,8 +308,8 @@ def main(argv: list[str] | None = None) -> int:
     parts = {"seen": f"seen, {len(split.seen)} images", "unseen": f"unseen, {len(split.unseen)} images"}
     print("\n" + table(scores, parts) + "\n")
 
-    panels = [(f"before: {_title(scores['untrained network'])}", before)]
-    panels += [(f"after: {_title(scores['trained network'])}", after)]
+    panels = [(f"before training: {_title(scores['untrained network'])}", before)]
+    panels += [(f"after training: {_title(scores['trained network'])}", after)]
     pictures = {
         "embedding.png": figures.embedding(panels, images.labels[tested], unseen, images.names),
         "training.png": figures.training(curves, scores["raw pixels"], options.distance),
@@ -320,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         figures.save(picture, options.output / name)
     results = {"scores": scores, "curves": curves._asdict()}
     (options.output / "results.json").write_text(json.dumps(results) + "\n")
-    print(f"{', '.join([*pictures, 'results.json'])} are in {options.output}; {time.perf_counter() - began:.0f} s")
+    print(f"{', '.join([*pictures, 'results.json'])} are in {options.output} ({time.perf_counter() - began:.0f} s)")
     return 0
 
 

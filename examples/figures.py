@@ -57,16 +57,24 @@ def embedding(panels: list[tuple[str, Tensor]], labels: Tensor, unseen: Tensor, 
         axes.set_yticks([])
     grey = dict(linestyle="none", markeredgecolor="black", markeredgewidth=0.5, color="0.7")
     keys = [
-        Line2D([], [], marker="o", label="seen classes, test images", **grey),
-        Line2D([], [], marker="^", label="classes never seen", **grey),
+        Line2D([], [], marker="o", label="seen, test images", **grey),
+        Line2D([], [], marker="^", label="never seen", **grey),
     ]
     if len(names) <= LEGEND_CLASSES:
         for label in order:
             if label in present:
                 marker = "^" if label in hidden else "o"
-                keys.append(Line2D([], [], linestyle="none", marker=marker, color=colours[label], label=names[label]))
-    figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 12), frameon=False)
+                keys.append(
+                    Line2D([], [], linestyle="none", marker=marker, color=colours[label], label=_short(names[label]))
+                )
+    widest = max(len(key.get_label()) for key in keys[2:] or keys)
+    columns = min(len(keys), 12, 150 // (widest + 8))
+    figure.legend(handles=keys, loc="outside lower center", ncols=columns, frameon=False)
     return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 20 else name[:10] + "…" + name[-9:]  # names often differ at their end only
 
 
 def _smooth(values: list[float], width: int) -> list[float]:
@@ -128,7 +136,7 @@ def triplets(
     """
     columns = 2
     lines = -(-len(rows) // columns)
-    figure = Figure(figsize=(9.6, 0.6 + 1.85 * lines), layout="constrained")
+    figure = Figure(figsize=(9.6, 0.6 + 2 * lines), layout="constrained")
     figure.suptitle("the hardest triplets of the last batch, as the network saw them", fontsize=12)
     grid = figure.add_gridspec(lines, 4 * columns, width_ratios=[1, 1, 1, 0.25] * columns)
     for strip, members in enumerate(rows):
@@ -142,8 +150,7 @@ def triplets(
                 axes.imshow(image[:, :, 0], cmap="gray_r", vmin=0, vmax=1)
             else:
                 axes.imshow(image)
-            name = names[int(labels[member])]
-            axes.set_title(f"{role}: {name if len(name) < 16 else name[:14] + '…'}", fontsize=9, color=colour)
+            axes.set_title(f"{role}\n{_short(names[int(labels[member])])}", fontsize=9, color=colour)
             axes.set_xlabel(caption, fontsize=9)
             axes.set_xticks([])
             axes.set_yticks([])

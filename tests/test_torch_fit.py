@@ -4,10 +4,13 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import oracle
 import pytest
 import torch
 from common import DISTANCES, REDUCTIONS, assert_gradient, assert_same, assert_value, classes, numpy, row_numbers, rows
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from triplet_ext import TripletLoss, TripletMarginLoss, Triplets, _ops, functional, reference
@@ -70,18 +73,10 @@ def check_compiled(step, rng, device, sizes=(24, 40, 57)):
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_compile(rng, device, backend, form):
     """fullgraph, a dynamic batch, forward and backward."""
-    compilations = 0
+    compilations = []
 
-    def count(graph, inputs):
-        nonlocal compilations
-        compilations += 1
-        return graph
-
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_func
-
-    def aot(graph, inputs):
-        count(graph, inputs)
+    def compiler(graph, inputs):
+        compilations.append(graph)
         return make_boxed_func(graph.forward)
 
     criterion = TripletLoss(0.5, distance="euclidean", swap=True)
@@ -89,9 +84,9 @@ def test_compile(rng, device, backend, form):
     def step(x, y):
         return form(criterion, torch.nn.functional.normalize(x), y)
 
-    compiled = torch.compile(step, backend=aot_autograd(fw_compiler=aot), fullgraph=True, dynamic=True)
+    compiled = torch.compile(step, backend=aot_autograd(fw_compiler=compiler), fullgraph=True, dynamic=True)
     check_compiled((compiled, step), rng, device)
-    assert 1 <= compilations <= 4, "compiled anew for each size"
+    assert 1 <= len(compilations) <= 4, "compiled anew for each size"
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -138,7 +133,7 @@ def test_export(rng, device, backend):
     for count in (30, 17, 64):
         x, y = rows(rng, count, 8, torch.float32, device=device), classes(rng, count, device=device)
         torch.testing.assert_close(program.module()(x, y), model(x, y))
-    assert "triplet_ext.select_hardest" in str(program.graph)
+    assert _ops.indexed_triplet_loss in [node.target for node in program.graph.nodes]
 
 
 # --- the operators --------------------------------------------------------------------------------------------
@@ -299,8 +294,6 @@ def test_autocast(rng, device, backend):
     expected = oracle.batch_hard(numpy(embeddings), y.tolist(), options)
     assert_value(values[0], expected.value, expected.scale)
     e = numpy(embeddings)
-    import numpy as np
-
     expected = oracle.explicit(e, np.roll(e, 1, 0), np.roll(e, 2, 0), options)
     assert_value(values[1], expected.value, expected.scale)  # of float32: not rounded to bfloat16
     sum(values).backward()
@@ -449,15 +442,15 @@ def test_hooks_and_accumulation(rng, device, backend):
 
 
 def test_it_trains(rng, device, backend):
-    """A linear map learns to bring classes together that it could not see before."""
+    """A linear map learns to look away from what does not tell the classes apart."""
     y = torch.arange(60, device=device) // 6
     signal = 2 * rows(rng, 10, 3, torch.float32, device=device)[y]
     x = torch.cat([signal, 3 * rows(rng, 60, 5, torch.float32, device=device)], 1)
     layer = torch.nn.Linear(8, 3, device=device)
     criterion = TripletLoss(0.5, distance="euclidean", soft_margin=True)
-    optimizer = torch.optim.Adam(layer.parameters(), 0.02)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.05)
     values = []
-    for _ in range(150):
+    for _ in range(60):
         optimizer.zero_grad()
         value = criterion(layer(x), y)
         value.backward()

@@ -122,7 +122,8 @@ def _same(name: str, x: Tensor, like_name: str, like: Tensor, *, dtype: bool = T
 
 
 def autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _promote(tensors: list[Tensor]) -> list[Tensor]:

@@ -65,9 +65,9 @@ def explicit_with_stats(anchor, positive, negative, options, p, eps) -> tuple[Te
 
 def mined_with_stats(batch, options) -> tuple[Tensor, Tensor]:
     margin, distance, swap, soft_margin, reduction = options
-    embeddings, _, references, _, _ = batch
-    with torch.no_grad():
-        positive, negative = _ops.select_hardest(*batch, distance)
+    embeddings, labels, references, reference_labels, offset = batch
+    others = None if references is None else references.detach()
+    positive, negative = _ops.select_hardest(embeddings.detach(), labels, others, reference_labels, offset, distance)
     return IndexedTripletLoss.apply(
         embeddings, references, None, positive, negative, margin, distance, swap, soft_margin, reduction
     )

@@ -24,6 +24,7 @@ P_NORM = "p_norm"
 
 _COSINE_FLOOR = 1e-8  # of a norm, as in torch.nn.functional.cosine_similarity
 _COSINE_TIE = 2.0**-48
+_PIECE = 1024  # numbers that are added up at a time
 _BLOCK_BYTES = 32 << 20  # of float64 distances held at a time by the selection
 
 
@@ -176,6 +177,15 @@ def _triplet_gradient(a: Tensor, p: Tensor, n: Tensor, grad: Tensor, measure: Me
     return grad_a + more_a, grad_p + more_p, grad_n + more_n
 
 
+def _sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of [T] in fixed pieces: torch.sum takes pieces that depend on the number of threads."""
+    x = x.to(dtype)
+    while x.shape[0] > 1:
+        pieces = -(-x.shape[0] // _PIECE)
+        x = torch.nn.functional.pad(x, (0, pieces * _PIECE - x.shape[0])).view(pieces, _PIECE).sum(1)
+    return x.sum()
+
+
 def _statistics(losses: Tensor, distances: list[Tensor], valid: Optional[Tensor], measure: Measure) -> Tensor:
     """[5]: anchors, triplets, active, mean d_ap, mean of the d_an that was measured (after swap)."""
     wide = wide_dtype(losses.device)
@@ -186,13 +196,13 @@ def _statistics(losses: Tensor, distances: list[Tensor], valid: Optional[Tensor]
         count = valid.sum(dtype=wide)
         positive, negative = torch.where(valid, positive, 0), torch.where(valid, negative, 0)
     active = (losses > 0).sum(dtype=wide)
-    return torch.stack((count, count, active, positive.sum(dtype=wide) / count, negative.sum(dtype=wide) / count))
+    return torch.stack((count, count, active, _sum(positive, wide) / count, _sum(negative, wide) / count))
 
 
 def _reduce(losses: Tensor, stats: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
-    total = losses.sum(dtype=stats.dtype)
+    total = _sum(losses, stats.dtype)
     if reduction == "mean":
         total = total / stats[1].clamp_min(1)
     elif reduction == "mean_active":

@@ -15,7 +15,7 @@ namespace {
 
 // Triplets whose sums are added up in one piece: fixed, so that no result depends on the number of threads.
 constexpr int64_t kChunk = 64;
-constexpr int64_t kSerialElements = 1 << 15;  // below this, starting threads costs more than it saves
+constexpr int64_t kSerialElements = 1 << 17;  // below this, starting threads costs more than it saves
 
 int64_t grain(int64_t elements_each) { return std::max<int64_t>(1, kSerialElements / (elements_each + 1)); }
 

@@ -66,7 +66,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--threads",
         type=_whole(1),
         metavar="N",
-        help="default: torch's choice; the digits give the same numbers whatever it is, --data for the same N",
+        help="default 1, as the scans are too small for more, and with --data torch's choice; the digits give the"
+        " same numbers for every N",
     )
     run.add_argument("--device", type=_device, default="cpu", help="default cpu")
     run.add_argument(
@@ -82,6 +83,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options.size = options.size or 32
     options.unseen = options.unseen or 0.3
     options.epochs = options.epochs or (30 if options.data else 180)
+    options.threads = options.threads or (torch.get_num_threads() if options.data else 1)
     if options.quick:
         options.epochs = max(1, options.epochs // 10)
     return options
@@ -262,8 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Nowhere to write to: {error}.", file=sys.stderr)
         return 1
     began = time.perf_counter()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     if not options.data:
         # The convolutions of oneDNN sum in an order that depends on the number of threads. What stands in for them
         # does so for larger images only, and takes longer.

@@ -49,7 +49,7 @@ def embedding(panels: list[tuple[str, Tensor]], labels: Tensor, unseen: Tensor, 
         for label in order:
             of_class = points[labels == label]
             marks = dict(marker="^", s=24, edgecolors="black") if label in hidden else dict(marker="o", s=16)
-            axes.scatter(*of_class.T, color=colours[label], linewidths=0.4, alpha=0.8, **marks)
+            axes.scatter(*of_class.T.numpy(), color=colours[label], linewidths=0.4, alpha=0.8, **marks)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("first principal component")
         axes.set_ylabel("second principal component")
@@ -145,7 +145,7 @@ def triplets(
         roles = zip(("anchor", "positive", "negative"), members, captions, ("black", "#2ca02c", "#d62728"))
         for column, (role, member, caption, colour) in enumerate(roles):
             axes = figure.add_subplot(grid[strip // columns, 4 * (strip % columns) + column])
-            image = images[member].clamp(0, 1).permute(1, 2, 0)
+            image = images[member].clamp(0, 1).permute(1, 2, 0).numpy()
             if image.shape[2] == 1:
                 axes.imshow(image[:, :, 0], cmap="gray_r", vmin=0, vmax=1)
             else:

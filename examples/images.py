@@ -6,6 +6,7 @@ import pathlib
 import sys
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,8 @@ def folder(path: pathlib.Path, size: int) -> Images:
 
     Files that are no images, and classes with fewer than two images, are left out and named on stderr.
     """
+    import PIL  # noqa: F401 (here, lest its absence be taken for an unreadable file)
+
     if not path.is_dir():
         raise Unusable(f"{path} is not a folder")
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -80,7 +83,6 @@ def folder(path: pathlib.Path, size: int) -> Images:
 
 def _read(file: pathlib.Path, size: int) -> Tensor:
     """[3, size, size], uint8."""
-    import numpy as np
     from PIL import Image, ImageOps
 
     with Image.open(file) as image:

@@ -26,7 +26,7 @@ def python(*arguments, cwd=None, **environment):
     path = os.pathsep.join(filter(None, [str(cwd or PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [sys.executable, *arguments],
-        cwd=cwd or ROOT,
+        cwd=cwd or PACKAGE.parent,  # not the source tree, which `-m` would import
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,

@@ -55,5 +55,5 @@ def draw(results: dict[str, Any], path: Path) -> None:
     if axes[0].lines:
         axes[0].legend(fontsize=8)
     figure.suptitle(f"batch-hard, D = {_WIDTH}, float32, {results['machine']['cpu']}, {results['threads']} threads")
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    figure.savefig(path, dpi=100, metadata={"Software": None}, pil_kwargs={"optimize": True})
     pyplot.close(figure)

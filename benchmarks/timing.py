@@ -67,14 +67,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a comparison may take, and how many pairs it makes at the least and at the most."""
+    """How long a comparison may take, and how many pairs it makes at the least and at the most.
+
+    What ``at_least`` costs beyond ``seconds`` is bounded, too, by ``limit``.
+    """
 
     seconds: float
     at_least: int
     at_most: int
+    limit: float = 60.0
 
     def pairs(self, seconds_of_one: float) -> int:
-        return max(self.at_least, min(self.at_most, int(self.seconds / max(seconds_of_one, 1e-9))))
+        one = max(seconds_of_one, 1e-9)
+        return min(self.at_most, max(int(self.seconds / one), min(self.at_least, int(self.limit / one)), 1))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ struct Measure {
   Distance distance;
   bool swap;
   bool soft_margin;
+  double slope_at_zero = 0;  // of PNorm: the derivative of torch's clamp_min where it begins
 };
 
 // Norms are not taken below this in the cosine distance (as in torch.nn.functional.cosine_similarity).
@@ -48,7 +49,7 @@ TRIPLET_FN T triplet_loss_of(T t, const Measure& measure) {
 // dloss / dt.
 template <typename T>
 TRIPLET_FN T triplet_slope_of(T t, const Measure& measure) {
-  if (measure.distance == Distance::PNorm) return t != t ? t : t >= 0 ? T(1) : T(0);
+  if (measure.distance == Distance::PNorm) return t != t ? t : t > 0 ? T(1) : t == 0 ? T(measure.slope_at_zero) : T(0);
   if (!(std::fabs(t) <= std::numeric_limits<T>::max())) return std::numeric_limits<T>::quiet_NaN();
   if (!measure.soft_margin) return t > 0 ? T(1) : T(0);
   const T e = std::exp(-std::fabs(t));

@@ -247,9 +247,13 @@ def table(scores: dict[str, dict[str, tuple[float, float]]], parts: dict[str, st
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"Nowhere to write to: {error}.", file=sys.stderr)
+        return 1
+    try:
         import figures
 
-        options.output.mkdir(parents=True, exist_ok=True)
         images = data.folder(options.data, options.size) if options.data else data.digits()
     except ImportError as error:
         missing = DISTRIBUTIONS.get((error.name or "").split(".")[0])
@@ -257,11 +261,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"The demo needs {missing}: pip install 'triplet_ext[demo]'", file=sys.stderr)
         return 1
-    except data.Unusable as why:
+    except (data.Unusable, OSError) as why:
         print(f"Nothing to train on: {why}.", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"Nowhere to write to: {error}.", file=sys.stderr)
         return 1
     began = time.perf_counter()
     torch.set_num_threads(options.threads)
@@ -319,7 +320,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, picture in pictures.items():
         figures.save(picture, options.output / name)
     results = {"scores": scores, "curves": curves._asdict()}
-    (options.output / "results.json").write_text(json.dumps(results) + "\n")
+    text = json.dumps(results).replace("NaN", "null")  # of a part without images
+    (options.output / "results.json").write_text(text + "\n")
     print(f"{', '.join([*pictures, 'results.json'])} are in {options.output} ({time.perf_counter() - began:.0f} s)")
     return 0
 

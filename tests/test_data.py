@@ -101,6 +101,14 @@ def test_visits_are_spread_over_the_pass_at_random():
     assert len(pairs) == 190, "every two classes meet"
 
 
+def test_a_large_class_comes_no_sooner_than_its_share():
+    # 20 visits in passes of 10 batches: 5 of class 0, 1 of each of the 15 others.
+    sampler = PKBatchSampler([0] * 5 + list(range(1, 16)), 2, 1)
+    assert len(sampler) == 10
+    first = Counter(index < 5 for _ in range(800) for index in next(iter(sampler)))
+    assert 350 < first[True] < 450  # 400 expected, deviation 14
+
+
 def test_a_class_with_one_sample_fills_its_places_with_copies():
     batches = list(PKBatchSampler([0, 1, 1, 1], 2, 3))
     assert batches and all(batch.count(0) == 3 for batch in batches)

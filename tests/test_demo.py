@@ -290,13 +290,13 @@ def test_network(demo, channels, size):
 
 
 def test_split(demo):
-    labels = torch.tensor([0] * 10 + [1] * 3 + [2] * 20 + [3] * 4).flip(0)
-    split = demo("images").split(labels, torch.tensor([2]), 0.3, seed=0)
-    assert sorted(itertools.chain(*(part.tolist() for part in split))) == list(range(37)), "each image in one part"
-    assert labels[split.unseen].tolist() == [2] * 20
+    labels, unseen = torch.tensor([0] * 10 + [1] * 3 + [2] * 20 + [3] * 4 + [4] * 5).flip(0), torch.tensor([2, 4])
+    split = demo("images").split(labels, unseen, 0.3, seed=0)
+    assert sorted(itertools.chain(*(part.tolist() for part in split))) == list(range(42)), "each image in one part"
+    assert sorted(labels[split.unseen].tolist()) == [2] * 20 + [4] * 5
     assert labels[split.seen].bincount().tolist() == [3], "classes 1 and 3 are too small for a test part"
     assert labels[split.train].bincount().tolist() == [7, 3, 0, 4]
-    assert not torch.equal(split.seen, demo("images").split(labels, torch.tensor([2]), 0.3, seed=1).seen)
+    assert not torch.equal(split.seen, demo("images").split(labels, unseen, 0.3, seed=1).seen)
 
 
 @pytest.mark.parametrize("classes, share, count", [(4, 0.01, 2), (4, 0.99, 2), (10, 0.3, 3), (100, 0.5, 50)])

@@ -19,11 +19,13 @@ from torch import Tensor
 DISTANCES = ("squared_euclidean", "euclidean", "cosine")
 REDUCTIONS = ("mean", "mean_active", "sum", "none")
 # The distance of torch.nn.TripletMarginLoss, ||x - y + eps||_p, together with torch's own conventions at the
-# kinks (derivative 1 at t = 0, halves where swap ties). Reached through triplet_ext.TripletMarginLoss only.
+# kinks (the derivative at t = 0, halves where swap ties). Reached through triplet_ext.TripletMarginLoss only.
 P_NORM = "p_norm"
 
 _COSINE_FLOOR = 1e-8  # of a norm, as in torch.nn.functional.cosine_similarity
 _COSINE_TIE = 2.0**-48
+# torch 2.14 moved the derivative of clamp_min at its bound from 1 to 0.
+_SLOPE_AT_ZERO = 0.0 if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14) else 1.0
 _PIECE = 1024  # numbers that are added up at a time
 _BLOCK_BYTES = 32 << 20  # of float64 distances held at a time by the selection
 
@@ -155,7 +157,8 @@ def _loss(t: Tensor, measure: Measure) -> Tensor:
 def _slope(t: Tensor, measure: Measure) -> Tensor:
     """dloss / dt."""
     if measure.distance == P_NORM:
-        return torch.where(t.isnan(), math.nan, (t >= 0).to(t.dtype))
+        slope = (t > 0).to(t.dtype) + _SLOPE_AT_ZERO * (t == 0).to(t.dtype)
+        return torch.where(t.isnan(), math.nan, slope)
     slope = torch.sigmoid(t) if measure.soft_margin else (t > 0).to(t.dtype)
     return torch.where(t.isfinite(), slope, math.nan)
 

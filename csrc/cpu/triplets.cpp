@@ -1,7 +1,7 @@
 // The loss of explicit and of indexed triplets, and its gradient.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,6 +15,8 @@ namespace {
 
 // Triplets whose sums are added up in one piece: fixed, so that no result depends on the number of threads.
 constexpr int64_t kChunk = 64;
+// torch 2.14 moved the derivative of clamp_min at its bound from 1 to 0, and TripletMarginLoss is torch's.
+constexpr double kSlopeAtZero = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14 ? 0 : 1;
 constexpr int64_t kSerialElements = 1 << 17;  // below this, starting threads costs more than it saves
 
 int64_t grain(int64_t elements_each) { return std::max<int64_t>(1, kSerialElements / (elements_each + 1)); }
@@ -179,7 +181,7 @@ void backward(const TripletTask<T>& task, const Weight<T>& weight, bool apart, a
 Loss triplet_loss_cpu(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative, double margin,
                       std::string_view distance, double p, double eps, bool swap, bool soft_margin,
                       std::string_view reduction) {
-  const Measure measure{margin, p, eps, parse_distance(distance), swap, soft_margin};
+  const Measure measure{margin, p, eps, parse_distance(distance), swap, soft_margin, kSlopeAtZero};
   const at::Tensor a = as_rows(anchor), b = as_rows(positive), c = as_rows(negative);
   return dispatch(a, [&](auto zero) {
     using T = decltype(zero);
@@ -193,7 +195,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> triplet_loss_backward_cpu(
     const at::Tensor& grad, const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
     const at::Tensor& distances, const at::Tensor& stats, double margin, std::string_view distance, double p,
     double eps, bool swap, bool soft_margin, std::string_view reduction) {
-  const Measure measure{margin, p, eps, parse_distance(distance), swap, soft_margin};
+  const Measure measure{margin, p, eps, parse_distance(distance), swap, soft_margin, kSlopeAtZero};
   const at::Tensor a = as_rows(anchor), b = as_rows(positive), c = as_rows(negative);
   return dispatch(a, [&](auto zero) {
     using T = decltype(zero);

@@ -16,7 +16,7 @@ TESTS = pathlib.Path(__file__).parent
 ORDER = ("DEFAULT", "AVX2", "AVX512")
 FILES = ("test_explicit.py", "test_indexed.py", "test_mining.py", "test_properties.py")
 # Every kernel, at every size; the combinations of options are the same code for all.
-CHOICE = "native and (sizes or selection or references or kinds or kinks or none or exact or layouts)"
+CHOICE = "native and (sizes or selection or kinds or kinks or exact)"
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])

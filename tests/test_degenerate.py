@@ -63,8 +63,8 @@ def test_no_triplet_is_a_differentiable_zero(rng, device, backend, batch, dtype)
     (count, width), labels = BATCHES[batch]
     x = rows(rng, count, width, dtype, device=device).requires_grad_()
     y = torch.tensor(labels, dtype=torch.int64, device=device)
-    for distance, reduction, soft_margin, swap in product(DISTANCES, REDUCTIONS, (False, True), (False, True)):
-        options = oracle.Options(0.5, distance, swap, soft_margin, reduction)
+    for distance, reduction in product(DISTANCES, REDUCTIONS):
+        options = oracle.Options(0.5, distance, bool(rng.integers(2)), bool(rng.integers(2)), reduction)
         loss = batch_hard(x, y, options)
         assert_zero_and_attached(loss, [x], (count,) if reduction == "none" else ())
     assert [index.shape for index in mine(x, y)] == [(0,)] * 3
@@ -211,11 +211,12 @@ def test_rows_that_are_not_finite_in_indexed_triplets(rng, device, backend, dist
 
 
 @pytest.mark.parametrize("place", ["a positive", "a singleton", "the first", "the last", "several", "all"])
-@pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF], ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_rows_that_are_not_finite_in_a_batch(rng, device, backend, distance, value, place):
     """They are selected first, so that nobody averages over a sick row. Also where nobody is there to select them."""
-    for dtype, count in ((torch.float32, 19), (torch.float64, 25), (torch.float16, 18), (torch.float32, 70)):
+    for dtype, count in ((torch.float32, 19), (torch.float64, 25), (torch.float16, 18), (torch.float32, 50)):
+        value = -value
         x = rows(rng, count, 17, dtype, device=device)
         y = classes(rng, count, device=device)
         y[0] = y[1]
@@ -231,7 +232,7 @@ def test_rows_that_are_not_finite_in_a_batch(rng, device, backend, distance, val
         for i in where:
             x[i, int(rng.integers(17))] = value
         x.requires_grad_()
-        for reduction in ("none", str(rng.choice(REDUCTIONS))):
+        for reduction in ("none",) if count > 20 else ("none", str(rng.choice(REDUCTIONS))):
             options = oracle.Options(0.4, distance, bool(rng.integers(2)), bool(rng.integers(2)), reduction)
             loss, expected = batch_hard(x, y, options), expect(x, y, options)
             assert loss.isnan().any() and np.isnan(expected.value).any()

@@ -23,12 +23,12 @@ def name(options):
 
 def forms(rng, device, options):
     """(function of the inputs that want gradients, those inputs) for each form of the loss."""
-    x, r = (rows(rng, count, 3, device=device).requires_grad_() for count in (9, 7))
-    y, z = classes(rng, 9, 3, device), None
-    z = y[torch.from_numpy(rng.integers(0, 9, 7)).to(device)]
+    x, r = (rows(rng, count, 3, device=device).requires_grad_() for count in (8, 5))
+    y, z = classes(rng, 8, 3, device), None
+    z = y[torch.from_numpy(rng.integers(0, 8, 5)).to(device)]
     three = [rows(rng, 5, 3, device=device).requires_grad_() for _ in range(3)]
-    inside = Triplets(*row_numbers(rng, 8, 9, 9, 9, device=device))
-    outside = Triplets(*row_numbers(rng, 8, 9, 7, 7, device=device))
+    inside = Triplets(*row_numbers(rng, 6, 8, 8, 8, device=device))
+    outside = Triplets(*row_numbers(rng, 6, 8, 5, 5, device=device))
     return {
         "explicit": (lambda *v: functional.triplet_loss(*v, **options), three),
         "indexed": (lambda v: functional.indexed_triplet_loss(v, inside, **options), [x]),

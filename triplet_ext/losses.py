@@ -152,8 +152,8 @@ class TripletMarginLoss(torch.nn.TripletMarginLoss):
     """``torch.nn.TripletMarginLoss``, fused: same signature, values, first and second gradients.
 
     max(0, d(a, p) - d(a, n) + margin) with d(x, y) = ``|x - y + eps|_p``, over inputs of shape [D] or [N, D];
-    the conventions of torch.nn hold where ours differ: its derivative at t = 0 (1, and 0 since torch 2.14), halves where
-    ``swap`` ties, inputs that broadcast.
+    the conventions of torch.nn hold where ours differ: its derivative at t = 0 (1, and 0 since torch 2.14), halves
+    where ``swap`` ties, inputs that broadcast.
 
     Args:
         margin, p, eps, swap, size_average, reduce, reduction: as in ``torch.nn.TripletMarginLoss``; p at least 0.

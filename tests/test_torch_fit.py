@@ -89,7 +89,7 @@ def test_compile(rng, device, backend, form):
     assert 1 <= len(compilations) <= 4, "compiled anew for each size"
 
 
-@pytest.mark.parametrize("distance, reduction", zip((*DISTANCES, DISTANCES[0]), REDUCTIONS))
+@pytest.mark.parametrize("distance, reduction", list(zip((*DISTANCES, DISTANCES[0]), REDUCTIONS)))
 def test_compile_options(rng, device, backend, distance, reduction):
     criterion = TripletLoss(0.3, distance=distance, soft_margin=True, reduction=reduction)
     compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True, dynamic=True)

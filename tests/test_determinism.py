@@ -4,7 +4,7 @@ import pytest
 import torch
 from common import DISTANCES, assert_same, classes, row_numbers, rows
 
-from triplet_ext import TripletMarginLoss, Triplets, functional, mine
+from triplet_ext import TripletLoss, TripletMarginLoss, Triplets, functional, mine
 
 THREADS = (1, 2, 3, 7, 7)
 
@@ -64,9 +64,8 @@ def test_references(rng, device, backend, threads):
     [
         (3000, 33, torch.float32, "mean"),
         (3000, 33, torch.float64, "none"),
-        (70_000, 5, torch.float32, "mean"),
-        (70_000, 5, torch.float64, "sum"),
-        (70_000, 5, torch.float64, "mean_active"),
+        (40_000, 5, torch.float32, "mean"),
+        (40_000, 5, torch.float64, "mean_active"),
         (3, 100_000, torch.float32, "sum"),
         (3, 100_000, torch.float64, "mean"),
     ],
@@ -79,17 +78,12 @@ def test_explicit(rng, device, backend, threads, count, width, dtype, reduction)
     assert_deterministic(lambda: outputs(functional.triplet_loss(*three, **options), three), device)
 
 
-def test_stats(rng, device, backend, threads):
-    from triplet_ext import TripletLoss
-
-    three = [rows(rng, 70_000, 5, torch.float64, device=device) for _ in range(3)]
-    criterion = TripletLoss(0.1)
-
-    def run():
-        criterion(*three)
-        return list(criterion.stats)
-
-    assert_deterministic(run, device)
+def test_sums(rng, device, backend, threads):
+    """Forward only, several times over: two orders of adding up often agree by chance."""
+    criterion = TripletLoss(0.1, reduction="mean_active")
+    for _ in range(6):
+        three = [rows(rng, 50_000, 2, torch.float64, device=device) for _ in range(3)]
+        assert_deterministic(lambda three=three: [criterion(*three), *criterion.stats], device)
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, float("inf")])

@@ -76,7 +76,8 @@ def test_create_graph_changes_nothing(rng, device, backend, options, dtype):
         graph = torch.autograd.grad(loss, inputs, weight, create_graph=True)
         for x, a, b in zip(inputs, plain, graph):
             assert b.requires_grad and not a.requires_grad and a.dtype == b.dtype == x.dtype
-            torch.testing.assert_close(a, b.detach(), rtol=error, atol=error * (a.abs().max().item() + 1e-30))
+            # 0.1: where positive and negative are one row, all cancels but for rounding.
+            torch.testing.assert_close(a, b.detach(), rtol=error, atol=error * max(0.1, a.abs().max().item()))
 
 
 def test_a_gradient_penalty_trains(rng, device, backend):
@@ -93,11 +94,12 @@ def test_second_gradients_at_distance_zero(device, backend, distance):
     """Where anchor, positive and negative coincide, roots and quotients of zero stay out of both gradients."""
     x = torch.ones(6, 3, device=device, dtype=torch.float64, requires_grad=True)
     y = torch.tensor([0, 0, 1, 1, 2, 2], device=device)
-    loss = functional.mined_triplet_loss(x, y, distance=distance, swap=True)
-    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    assert loss.isfinite() and grad.abs().max() < 1e-15
-    (second,) = torch.autograd.grad(grad.square().sum() + grad.sum(), x)
-    assert second.isfinite().all()
+    for soft_margin in (False, True):
+        loss = functional.mined_triplet_loss(x, y, distance=distance, swap=True, soft_margin=soft_margin)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        assert loss.isfinite() and grad.abs().max() < 1e-15
+        (second,) = torch.autograd.grad(grad.square().sum() + grad.sum(), x)
+        assert second.isfinite().all()
 
 
 def test_backward_twice(rng, device, backend):

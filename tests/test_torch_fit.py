@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import shutil
 
 import numpy as np
 import oracle
@@ -99,6 +100,17 @@ def test_compile_options(rng, device, backend, distance, reduction):
     before = criterion.stats.positive_distance
     compiled(x * 2, y)
     assert (criterion.stats.positive_distance != before) == (distance != "cosine"), "stats are not those of the call"
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
+def test_compile_by_default(rng, device):
+    """torch.compile as it comes, with inductor."""
+    criterion = TripletLoss(0.5, distance="euclidean", swap=True)
+
+    def step(x, y):
+        return criterion(torch.nn.functional.normalize(x), y)
+
+    check_compiled((torch.compile(step, fullgraph=True, dynamic=True), step), rng, device, sizes=(24, 40))
 
 
 def test_compile_the_drop_in(rng, device, backend):

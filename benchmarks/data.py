@@ -1,4 +1,4 @@
-"""Inputs: fresh random data, in several sets so that no side finds its inputs in the cache."""
+"""Inputs: random data in several sets, written anew before each call as a network would have."""
 
 from __future__ import annotations
 
@@ -14,14 +14,26 @@ _SETS_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set: ``args`` for a loss (its embeddings are leaves that want a gradient), ``plain`` for the rest."""
+    """One set: ``args`` for a loss (its embeddings are leaves that want a gradient), ``source`` what they hold."""
 
     args: tuple[Tensor, ...]
-    plain: tuple[Tensor, ...]
+    source: tuple[Tensor, ...]
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         return tuple(x for x in self.args if x.requires_grad)
+
+    @property
+    def plain(self) -> tuple[Tensor, ...]:
+        """``args`` for what has no backward."""
+        return tuple(x.detach() for x in self.args)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Puts the inputs where a network's last layer leaves them, in the cache as far as they fit: or else the
+        first of two sides would fetch them from memory for the second."""
+        for there, source in zip(self.args, self.source, strict=True):
+            there.copy_(source)
 
 
 def inputs(case: Case, seed: int, *, device: str = "cpu", half_active: bool = False) -> Inputs:
@@ -48,10 +60,8 @@ def inputs(case: Case, seed: int, *, device: str = "cpu", half_active: bool = Fa
         embeddings, rest = [x[order]], [labels[order]]
     else:  # d(a, p) and d(a, n) have one distribution: half of the triplets are active
         embeddings, rest = [noise(case.batch) for _ in range(3)], []
-    embeddings = [x.to(device, dtype) for x in embeddings]
-    labels_there = [y.to(device) for y in rest]
-    leaves = [x.clone().requires_grad_() for x in embeddings]
-    return Inputs((*leaves, *labels_there), (*embeddings, *labels_there))
+    source = [*(x.to(device, dtype) for x in embeddings), *(y.to(device) for y in rest)]
+    return Inputs(tuple(x.clone().requires_grad_(x.is_floating_point()) for x in source), tuple(source))
 
 
 def rotation(case: Case, device: str = "cpu") -> list[Inputs]:

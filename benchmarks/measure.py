@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import agree, imports, machine, memory
+from . import agree, heap, imports, machine, memory
 from .cases import FULL, MEMORY_FULL, MEMORY_QUICK, QUICK, Case
 from .data import inputs, rotation
 from .quiet import Others, Patience
@@ -57,6 +57,7 @@ def run(plan: Plan, say: Say) -> dict[str, Any]:
     results["import"] = imports.measure(plan.import_repeats)
     say(f"import triplet_ext: {results['import']['triplet_ext_ms']['median']:.1f} ms on top of torch")
     results["memory"] = list(_memory(plan.memory, missing, say))
+    results["freed_memory_is_kept"] = heap.keep_freed_memory()
     results["times"] = list(_times(plan, missing, say))
     return results
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import heap
 from .cases import Case
 from .data import inputs
 from .sides import OURS, Side, side_named
@@ -84,10 +84,7 @@ class _Peak:
 
     def __init__(self) -> None:
         gc.collect()
-        try:  # hand free heap back, or the call would reuse it unseen
-            ctypes.CDLL(None).malloc_trim(0)
-        except (OSError, AttributeError):
-            pass
+        heap.hand_back()  # or the call would reuse it unseen
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self.method, self._level = "peak since reset", _status("VmRSS")

@@ -130,12 +130,14 @@ def _disturbed(results: dict[str, Any]) -> str:
 def block(results: dict[str, Any], plot: str = "") -> str:
     """The block for the README; ``plot`` is the path of the picture, as the README sees it."""
     records = Records(results)
+    kept = results.get("freed_memory_is_kept")
     mined, explicit = _memory(records, True), _memory(records, False)
     parts = [
         _disturbed(results),
         f"Measured by `python -m benchmarks` on {_where(results)}. Forward + backward unless said otherwise. The two"
-        " sides of a ratio take turns; a figure is the median, in parentheses the 10th and 90th percentile. Values and"
-        " gradients are compared before.",
+        " sides of a ratio take turns, on inputs just written; a figure is the median, in parentheses the 10th and 90th"
+        " percentile. Values and gradients are compared before."
+        + (" Freed memory stays with the process, or one side would pay for the other's." if kept else ""),
         "**Batch-hard**, 4 rows a class, every triplet active:",
         _mined(records),
         "**Given triplets:**",

@@ -45,9 +45,11 @@ class Step:
 
         What was computed lives until the last mark, so that freeing it is nobody's time.
         """
+        batch.write()
         if not self.backward:
+            plain = batch.plain
             start = clock.mark()
-            out = self.loss(*batch.plain)
+            out = self.loss(*plain)
             end = clock.mark()
             del out
             return {"forward": clock.seconds(start, end)}

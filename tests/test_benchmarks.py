@@ -115,6 +115,15 @@ def test_inputs():
         inputs(Case("batch_hard", 30, 8), 1)
 
 
+def test_each_call_finds_its_inputs_just_written():
+    batch = inputs(SMALL, 1)
+    with torch.no_grad():
+        batch.args[0].zero_()
+    seen = []
+    timing.Step(lambda x, y: seen.append(x.detach().clone()) or x.sum())(batch, FakeClock())
+    assert torch.equal(seen[0], batch.source[0]) and bool(seen[0].any())
+
+
 def _pairs():
     cases = [
         SMALL,

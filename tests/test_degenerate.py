@@ -350,3 +350,9 @@ def test_a_mean_that_hides_everything(rng, device, backend):
     assert_selects(x.to(device), y.to(device), "squared_euclidean")
     v = x.to(device).requires_grad_()
     assert_matches(batch_hard(v, y.to(device), oracle.Options()), [v], expect(x, y, oracle.Options()))
+
+
+def test_a_huge_row_in_float64(device, backend):
+    """Its square is beyond the range; that of the other differences is not lost beside it."""
+    x = torch.tensor([[0.0], [0.5], [1.0], [1e200]], dtype=torch.float64, device=device)
+    assert mine(x, torch.tensor([0, 0, 1, 1], device=device)).negative.tolist() == [2, 2, 1, 0]

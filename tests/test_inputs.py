@@ -64,6 +64,7 @@ def drop_in(anchor=X, positive=X, negative=X, **options):
 OPTIONS = [
     (dict(margin="1"), TypeError, "margin must be a number, got str"),
     (dict(margin=None), TypeError, "margin must be a number, got NoneType"),
+    (dict(margin=True), TypeError, "margin must be a number, got bool"),
     (dict(margin=torch.ones(())), TypeError, "margin must be a number, got torch.Tensor"),
     (dict(margin=-0.5), ValueError, "margin must be finite and at least 0, got -0.5"),
     (dict(margin=-1), ValueError, "margin must be finite and at least 0, got -1"),
@@ -90,9 +91,9 @@ DROP_IN_OPTIONS = [
     (dict(swap=1), TypeError, "swap must be True or False, got 1"),
     (dict(p="2"), TypeError, "p must be a number, got str"),
     (dict(p=-1), ValueError, "p must be at least 0, got -1"),
-    (dict(p=float("nan")), ValueError, "p must be at least 0, got nan"),
+    (dict(p=float("nan")), ValueError, "p must be a number, got nan"),
     (dict(eps=None), TypeError, "eps must be a number, got NoneType"),
-    (dict(eps=float("nan")), ValueError, "eps must be at least -inf, got nan"),
+    (dict(eps=float("nan")), ValueError, "eps must be a number, got nan"),
     (dict(reduction="mean_active"), ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'mean_active'"),
 ]
 

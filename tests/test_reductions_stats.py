@@ -118,3 +118,11 @@ def test_stats_hold_no_graph(rng, device, backend):
 def test_stats_before_the_first_call():
     with pytest.raises(RuntimeError, match="stats describe the last call, and this loss has not been called yet"):
         TripletLoss().stats  # noqa: B018
+
+
+def test_an_anchor_of_several_triplets_counts_once(device, backend):
+    x = torch.arange(10.0, device=device).reshape(5, 2)
+    a, p, n = (torch.tensor(v, device=device) for v in ([3, 0, 3, 3], [1, 1, 2, 1], [2, 4, 4, 4]))
+    criterion = TripletLoss()
+    criterion(x, triplets=Triplets(a, p, n))
+    assert criterion.stats.anchors == 2 and criterion.stats.triplets == 4

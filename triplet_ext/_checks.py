@@ -42,7 +42,7 @@ def flag(name: str, value: object) -> bool:
 
 def margin(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        if not hasattr(value, "__float__") or isinstance(value, (str, Tensor)):
+        if not hasattr(value, "__float__") or isinstance(value, (bool, str, Tensor)):
             raise TypeError(f"margin must be a number, got {_kind(value)}")
         value = float(value)  # NumPy's scalars
     if not (math.isfinite(value) and value >= 0):
@@ -50,11 +50,11 @@ def margin(value: object) -> float:
     return float(value)
 
 
-def number(name: str, value: object, least: float = -math.inf) -> float:
+def number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {_kind(value)}")
-    if not value >= least:
-        raise ValueError(f"{name} must be at least {least:g}, got {value}")
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number, got nan")
     return float(value)
 
 
@@ -74,7 +74,8 @@ def options(
 def p_norm_options(margin_value: object, p: object, eps: object, swap: object, reduction: object) -> None:
     """The options of torch.nn.TripletMarginLoss."""
     margin(margin_value)
-    number("p", p, 0)
+    if number("p", p) < 0:
+        raise ValueError(f"p must be at least 0, got {p}")
     number("eps", eps)
     flag("swap", swap)
     choice("reduction", reduction, ("mean", "sum", "none"))

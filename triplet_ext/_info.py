@@ -37,7 +37,7 @@ def build_info() -> dict[str, Any]:
     if _ops.compiled is not None:
         info.update(_ops.compiled.build_info())
         info["why_no_cpu"] = ""
-        info["why_no_cuda"] = "" if info["cuda"] else _ops.build_record.get("why_no_cuda", "not built")
+        info["why_no_cuda"] = "" if info["cuda"] else _ops.build_record.get("why_no_cuda", "the build left no record")
     return info
 
 
@@ -58,7 +58,9 @@ def explain(embeddings: Tensor, labels: Optional[Tensor] = None) -> str:
     lines = []
     for name, key, language in (("cuda", "cuda", "CUDA kernels"), ("cpu", "cpu", "C++ kernels")):
         if device == name and native:
-            detail = f", {info['cpu_capability']}, {torch.get_num_threads()} threads" if name == "cpu" else ""
+            count = torch.get_num_threads()
+            threads = f"{count} thread{'s' if count > 1 else ''}"
+            detail = f", {info['cpu_capability']}, {threads}" if name == "cpu" else ""
             lines.append(f"  {language}: used{detail}")
         elif not info[key]:
             lines.append(f"  {language}: not used: not built: {info['why_no_' + key]}")

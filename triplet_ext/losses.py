@@ -127,7 +127,8 @@ class TripletLoss(torch.nn.Module):
                 )
             batch = _checks.batch(embeddings, labels, *references.values())
             loss, stats = functional.mined_with_stats(batch, options)
-        if not torch.compiler.is_exporting():  # an exported program keeps no state
+        # An exported program keeps no state. torch 2.11 claims to export in every compilation, hence the second half.
+        if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
             self._stats = stats
         return loss
 
@@ -153,7 +154,7 @@ class TripletMarginLoss(torch.nn.TripletMarginLoss):
 
     max(0, d(a, p) - d(a, n) + margin) with d(x, y) = ``|x - y + eps|_p``, over inputs of shape [D] or [N, D];
     the conventions of torch.nn hold where ours differ: its derivative at t = 0 (1, and 0 since torch 2.14), halves
-    where ``swap`` ties, inputs that broadcast.
+    where ``swap`` ties, inputs that broadcast. One thing differs: the mean over no triplets is 0, not NaN.
 
     Args:
         margin, p, eps, swap, size_average, reduce, reduction: as in ``torch.nn.TripletMarginLoss``; p at least 0.

@@ -26,6 +26,7 @@ _COSINE_FLOOR = 1e-8  # of a norm, as in torch.nn.functional.cosine_similarity
 _COSINE_TIE = 2.0**-48
 # torch 2.14 moved the derivative of clamp_min at its bound from 1 to 0.
 _SLOPE_AT_ZERO = 0.0 if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14) else 1.0
+_DOWN = 2.0**-520  # half the range of float64
 _PIECE = 1024  # numbers that are added up at a time
 _BLOCK_BYTES = 32 << 20  # of float64 distances held at a time by the selection
 
@@ -189,7 +190,13 @@ def _sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.sum()
 
 
-def _statistics(losses: Tensor, distances: list[Tensor], valid: Optional[Tensor], measure: Measure) -> Tensor:
+def _statistics(
+    losses: Tensor,
+    distances: list[Tensor],
+    valid: Optional[Tensor],
+    measure: Measure,
+    anchors: Optional[Tensor] = None,
+) -> Tensor:
     """[5]: anchors, triplets, active, mean d_ap, mean of the d_an that was measured (after swap)."""
     wide = wide_dtype(losses.device)
     positive, negative = distances[0], _negative_distance(distances, measure)
@@ -199,7 +206,8 @@ def _statistics(losses: Tensor, distances: list[Tensor], valid: Optional[Tensor]
         count = valid.sum(dtype=wide)
         positive, negative = torch.where(valid, positive, 0), torch.where(valid, negative, 0)
     active = (losses > 0).sum(dtype=wide)
-    return torch.stack((count, count, active, _sum(positive, wide) / count, _sum(negative, wide) / count))
+    anchors = count if anchors is None else anchors.to(wide)
+    return torch.stack((anchors, count, active, _sum(positive, wide) / count, _sum(negative, wide) / count))
 
 
 def _reduce(losses: Tensor, stats: Tensor, reduction: str) -> Tensor:
@@ -286,14 +294,19 @@ def indexed_triplet_loss(
     embeddings, references, anchor, positive, negative, margin, distance, swap, soft_margin, reduction
 ):
     measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
-    rows, _, valid = _gather(embeddings, references, anchor, positive, negative)
+    rows, indices, valid = _gather(embeddings, references, anchor, positive, negative)
     distances = _triplet_distances(*rows, measure)
     losses = _loss(_excess(distances, measure), measure)
     if valid is not None:
         # A row that is not finite is never left out, not even by an anchor that has no triplet.
         finite = rows[0].isfinite().all(-1)
         losses = torch.where(valid, losses, torch.where(finite, 0, math.nan))
-    stats = _statistics(losses, distances, valid, measure)
+    anchors = None
+    if anchor is not None:
+        anchors = (
+            embeddings.new_zeros(embeddings.shape[0] + 1, dtype=torch.bool).index_fill(0, indices[0], True)[:-1].sum()
+        )
+    stats = _statistics(losses, distances, valid, measure, anchors)
     return _reduce(losses, stats, reduction), torch.stack(distances), stats
 
 
@@ -340,6 +353,16 @@ def indexed_triplet_loss_backward(
 # --- selection ------------------------------------------------------------------------------------------------
 
 
+def _differences(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """|x - y| of all pairs, [B, D], [R, D] -> [B, R], from the differences; rows of that dtype came in."""
+    mode = "donot_use_mm_for_euclid_dist"
+    d = torch.cdist(x, y, compute_mode=mode)
+    if dtype != torch.float64:
+        return d
+    # Where a square leaves the range, the distance need not.
+    return torch.where(d.isfinite(), d, torch.cdist(x * _DOWN, y * _DOWN, compute_mode=mode) / _DOWN)
+
+
 def select_hardest(embeddings, labels, references, reference_labels, reference_offset, distance):
     """The farthest positive and the nearest negative of each anchor, int64 [B] each; -1 where there is none.
 
@@ -366,7 +389,7 @@ def select_hardest(embeddings, labels, references, reference_labels, reference_o
     column = torch.arange(total, device=x.device)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
-        d = torch.cdist(x[rows], r, compute_mode="donot_use_mm_for_euclid_dist")
+        d = _differences(x[rows], r, embeddings.dtype)
         if lack_x is not None and lack_r is not None:
             d = (d.square() + lack_x[rows] + lack_r.T) / 2
         same = labels[rows, None] == reference_labels

@@ -23,6 +23,16 @@ int64_t grain(int64_t elements_each) { return std::max<int64_t>(1, kSerialElemen
 
 const int64_t* index_of(const at::Tensor& index) { return index.const_data_ptr<int64_t>(); }
 
+int64_t distinct(const int64_t* index, int64_t count) {
+  std::vector<bool> seen(count ? *std::max_element(index, index + count) + 1 : 0);
+  int64_t found = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    found += !seen[index[t]];
+    seen[index[t]] = true;
+  }
+  return found;
+}
+
 template <typename T>
 Loss forward(TripletTask<T> task, Reduction reduction) {
   const int64_t count = task.count, chunks = (count + kChunk - 1) / kChunk;
@@ -44,7 +54,8 @@ Loss forward(TripletTask<T> task, Reduction reduction) {
     for (int i = 0; i < kSums; ++i) total[i] += sums[c * kSums + i];
 
   double* s = stats.mutable_data_ptr<double>();
-  s[kAnchors] = s[kTriplets] = total[kSumTriplets];
+  s[kTriplets] = total[kSumTriplets];
+  s[kAnchors] = task.a ? double(distinct(task.a, count)) : total[kSumTriplets];
   s[kActive] = total[kSumActive];
   s[kPositiveDistance] = total[kSumPositive] / total[kSumTriplets];
   s[kNegativeDistance] = total[kSumNegative] / total[kSumTriplets];

@@ -135,8 +135,8 @@ def block(results: dict[str, Any], plot: str = "") -> str:
     parts = [
         _disturbed(results),
         f"Measured by `python -m benchmarks` on {_where(results)}. Forward + backward unless said otherwise. The two"
-        " sides of a ratio take turns, on inputs just written; a figure is the median, in parentheses the 10th and 90th"
-        " percentile. Values and gradients are compared before."
+        " sides of a ratio take turns, and turns at going first, on inputs just written; a figure is the median, in"
+        " parentheses the 10th and 90th percentile. Values and gradients are compared before."
         + (" Freed memory stays with the process, or one side would pay for the other's." if kept else ""),
         "**Batch-hard**, 4 rows a class, every triplet active:",
         _mined(records),

@@ -7,6 +7,7 @@ TRIPLET_EXT_BUILD says what to build: `auto` (the default) what the machine can,
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -23,13 +24,28 @@ class NotBuilt(Exception):
     """Why there will be no compiled kernels."""
 
 
-def sources(suffix):
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*" + suffix))
+# What runs on every GPU since 2020: machine code for compute capability 8.x and 9.x, PTX for what comes later.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def sources(suffix, cuda=True):
+    paths = (path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*" + suffix))
+    return sorted(str(path) for path in paths if cuda or "cuda" not in path.parts)
+
+
+def find_cuda():
+    """Where nvcc says that its toolkit is, for torch, which infers it from the place of the nvcc in PATH: that may be
+    a wrapper elsewhere."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+        return
+    dry = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)
+    if top and os.path.isdir(top[1].strip()):
+        os.environ["CUDA_HOME"] = os.path.realpath(top[1].strip())
 
 
 def why_no_cuda(torch, cuda_home):
-    if not sources(".cu"):
-        return "this version of triplet_ext has no CUDA kernels yet"
     if not torch.version.cuda:
         return f"torch {torch.__version__} was built without CUDA"
     if cuda_home is None:
@@ -41,9 +57,10 @@ def extension(mode, record):
     """The extension and its build command, or NotBuilt. What is learnt goes into the record."""
     if mode == "none":
         raise NotBuilt("TRIPLET_EXT_BUILD=none was set when triplet_ext was installed")
+    find_cuda()
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError:
         raise NotBuilt(
             "torch was not there when triplet_ext was installed: install torch first, then triplet_ext with"
@@ -64,7 +81,20 @@ def extension(mode, record):
         # Compiled in, but not linked: at run time the symbols come from the OpenMP runtime that torch brought
         # along. A second runtime would have threads, and a number of threads, of its own.
         flags.append("-fopenmp")
-    module = CppExtension(PACKAGE + "._C", sources(".cpp"), depends=sources(".h"), extra_compile_args={"cxx": flags})
+    arguments = {"name": PACKAGE + "._C", "depends": sources(".h") + sources(".cuh")}
+    if mode == "cpu" or record["why_no_cuda"]:
+        record["why_no_cuda"] = record["why_no_cuda"] or "TRIPLET_EXT_BUILD=cpu was set when triplet_ext was installed"
+        module = CppExtension(sources=sources(".cpp", cuda=False), extra_compile_args={"cxx": flags}, **arguments)
+    else:
+        # Set for all: which GPU this machine has, or whether it has one, must not decide where the package runs.
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        record["cuda_architectures"] = architectures.replace(";", " ").split()
+        module = CUDAExtension(
+            sources=sources(".cpp") + sources(".cu"),
+            define_macros=[("TRIPLET_EXT_CUDA", json.dumps(" ".join(record["cuda_architectures"])))],
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]},
+            **arguments,
+        )
 
     class Build(BuildExtension):
         def finalize_options(self):

@@ -17,6 +17,16 @@ TORCH_LIBRARY_IMPL(triplet_ext, CPU, m) {
   m.impl("select_hardest", &select_hardest_cpu);
 }
 
+#if defined(TRIPLET_EXT_CUDA)
+TORCH_LIBRARY_IMPL(triplet_ext, CUDA, m) {
+  m.impl("triplet_loss", &triplet_loss_cuda);
+  m.impl("triplet_loss_backward", &triplet_loss_backward_cuda);
+  m.impl("indexed_triplet_loss", &indexed_triplet_loss_cuda);
+  m.impl("indexed_triplet_loss_backward", &indexed_triplet_loss_backward_cuda);
+  m.impl("select_hardest", &select_hardest_cuda);
+}
+#endif
+
 static pybind11::dict build_info() {
   pybind11::dict info;
 #if defined(__clang__)
@@ -29,7 +39,11 @@ static pybind11::dict build_info() {
   info["built_for_torch"] = TORCH_VERSION;
   info["cpu"] = true;
   info["cpu_capability"] = at::get_cpu_capability();
+#if defined(TRIPLET_EXT_CUDA)
+  info["cuda"] = true;
+#else
   info["cuda"] = false;
+#endif
   return info;
 }
 

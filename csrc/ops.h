@@ -1,4 +1,5 @@
-// The operators, each once. Schemas: triplet_ext/_ops.py. Definition: triplet_ext/reference.py.
+// The operators, each once, and their entry points. Schemas: triplet_ext/_ops.py. Definition:
+// triplet_ext/reference.py.
 //
 // B embeddings, R references, T triplets, D features. `acc` is float64 for float64 and float32 for all else.
 // Every floating tensor of a call has one dtype out of float32, float64, float16, bfloat16 and any strides.
@@ -25,6 +26,7 @@ using Loss = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 Loss triplet_loss_cpu(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative, double margin,
                       std::string_view distance, double p, double eps, bool swap, bool soft_margin,
                       std::string_view reduction);
+decltype(triplet_loss_cpu) triplet_loss_cuda;
 
 // grad is that of the loss; distances and stats are what the forward operator returned.
 // Returns the gradients of anchor, positive and negative, [T, D] each, in their dtype.
@@ -32,6 +34,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> triplet_loss_backward_cpu(
     const at::Tensor& grad, const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
     const at::Tensor& distances, const at::Tensor& stats, double margin, std::string_view distance, double p,
     double eps, bool swap, bool soft_margin, std::string_view reduction);
+decltype(triplet_loss_backward_cpu) triplet_loss_backward_cuda;
 
 // Triplets as row numbers.
 //   embeddings  [B, D]
@@ -44,6 +47,7 @@ Loss indexed_triplet_loss_cpu(const at::Tensor& embeddings, const OptionalTensor
                               const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
                               double margin, std::string_view distance, bool swap, bool soft_margin,
                               std::string_view reduction);
+decltype(indexed_triplet_loss_cpu) indexed_triplet_loss_cuda;
 
 // Returns the gradient of the embeddings, [B, D], and of the references, [R, D] ([0] where they are absent).
 // A row's contributions are added in ascending order of the triplet: the result does not depend on threads.
@@ -52,6 +56,7 @@ std::tuple<at::Tensor, at::Tensor> indexed_triplet_loss_backward_cpu(
     const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative, const at::Tensor& distances,
     const at::Tensor& stats, double margin, std::string_view distance, bool swap, bool soft_margin,
     std::string_view reduction);
+decltype(indexed_triplet_loss_backward_cpu) indexed_triplet_loss_backward_cuda;
 
 // Batch-hard selection.
 //   embeddings  [B, D]; labels [B] int64
@@ -60,11 +65,14 @@ std::tuple<at::Tensor, at::Tensor> indexed_triplet_loss_backward_cpu(
 // Returns
 //   positive  [B] int64: the farthest reference of the anchor's label, -1 if there is none
 //   negative  [B] int64: the nearest reference of another label, -1 if there is none
-// as float64 arithmetic chooses them, ties to the lowest index, rows that are not finite before all others.
+// ties to the lowest index, rows that are not finite before all others. On the CPU they are what float64 arithmetic
+// chooses; on CUDA what float32 does (float64 for float64), or, for large batches, what the tensor cores do in the
+// precision of torch.get_float32_matmul_precision().
 std::tuple<at::Tensor, at::Tensor> select_hardest_cpu(const at::Tensor& embeddings, const at::Tensor& labels,
                                                       const OptionalTensor& references,
                                                       const OptionalTensor& reference_labels,
                                                       std::optional<int64_t> reference_offset,
                                                       std::string_view distance);
+decltype(select_hardest_cpu) select_hardest_cuda;
 
 }  // namespace triplet_ext

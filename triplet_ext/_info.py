@@ -37,6 +37,7 @@ def build_info() -> dict[str, Any]:
     if _ops.compiled is not None:
         info.update(_ops.compiled.build_info())
         info["why_no_cpu"] = ""
+        info["cuda_architectures"] = _ops.build_record.get("cuda_architectures", []) if info["cuda"] else []
         info["why_no_cuda"] = "" if info["cuda"] else _ops.build_record.get("why_no_cuda", "the build left no record")
     return info
 

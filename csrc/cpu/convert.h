@@ -1,34 +1,10 @@
 // From tensors to what the kernels take.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-
-#include <string_view>
-
+#include "../options.h"
 #include "kernels.h"
 
 namespace triplet_ext {
-
-inline Distance parse_distance(std::string_view name) {
-  if (name == "squared_euclidean") return Distance::SquaredEuclidean;
-  if (name == "euclidean") return Distance::Euclidean;
-  if (name == "cosine") return Distance::Cosine;
-  TORCH_CHECK_VALUE(name == "p_norm", "unknown distance '", std::string(name), "'");
-  return Distance::PNorm;
-}
-
-inline Reduction parse_reduction(std::string_view name) {
-  if (name == "mean") return Reduction::Mean;
-  if (name == "mean_active") return Reduction::MeanActive;
-  if (name == "sum") return Reduction::Sum;
-  TORCH_CHECK_VALUE(name == "none", "unknown reduction '", std::string(name), "'");
-  return Reduction::None;
-}
-
-inline at::ScalarType accumulation_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 // A matrix in the accumulation type whose rows are contiguous: the tensor itself wherever that is the case.
 inline at::Tensor as_rows(const at::Tensor& x) {

@@ -1,7 +1,6 @@
 // The loss of explicit and of indexed triplets, and its gradient.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <torch/version.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,8 +14,6 @@ namespace {
 
 // Triplets whose sums are added up in one piece: fixed, so that no result depends on the number of threads.
 constexpr int64_t kChunk = 64;
-// torch 2.14 moved the derivative of clamp_min at its bound from 1 to 0, and TripletMarginLoss is torch's.
-constexpr double kSlopeAtZero = TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14 ? 0 : 1;
 constexpr int64_t kSerialElements = 1 << 17;  // below this, starting threads costs more than it saves
 
 int64_t grain(int64_t elements_each) { return std::max<int64_t>(1, kSerialElements / (elements_each + 1)); }

@@ -1,0 +1,317 @@
+// From tensors to the kernels: the device, its current stream, workspace from torch's allocator, and which kernel.
+// Nothing here waits for the device or allocates beside torch, so all of it can be captured in a CUDA graph.
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "../ops.h"
+#include "../options.h"
+#include "params.h"
+
+namespace triplet_ext {
+namespace {
+
+// Up to this much work, B R D, all pairs in one launch are faster than the tiles' preparation.
+constexpr int64_t kMostPairs = int64_t(1) << 28;
+// Up to this many triplets each row looks through all of them for its own; beyond, an inverse index is sorted.
+constexpr int64_t kMostScanned = 2048;
+
+void check(int error, const char* kernel) {
+  if (error == cudaSuccess) return;
+  const auto code = cudaError_t(error);
+  TORCH_CHECK(code != cudaErrorNoKernelImageForDevice && code != cudaErrorInvalidDeviceFunction,
+              "triplet_ext was built for the CUDA architectures " TRIPLET_EXT_CUDA
+              " and has no code for this GPU; build it with TORCH_CUDA_ARCH_LIST set to the GPU's");
+  TORCH_CHECK(false, "triplet_ext's CUDA kernel ", kernel, " could not be launched: ", cudaGetErrorString(code));
+}
+
+Element element_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kDouble: return Element::Float64;
+    case at::kHalf: return Element::Float16;
+    case at::kBFloat16: return Element::BFloat16;
+    default: return Element::Float32;
+  }
+}
+
+Matrix matrix_of(const at::Tensor& x) { return {x.const_data_ptr(), x.size(0), x.stride(0), x.stride(1)}; }
+
+const int64_t* index_of(const at::Tensor& x) { return x.const_data_ptr<int64_t>(); }
+
+cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+Loss forward(TripletForwardParams params, const at::Tensor& like) {
+  const auto acc = like.options().dtype(accumulation_type(like));
+  const bool none = params.reduction == Reduction::None;
+  at::Tensor loss = none ? at::empty({params.count}, acc) : at::empty({}, acc);
+  at::Tensor distances = at::empty({params.measure.swap ? 3 : 2, params.count}, acc);
+  at::Tensor stats = at::empty({kStats}, like.options().dtype(at::kDouble));
+  const at::Tensor partial = at::empty({triplet_blocks(params.count), kStats}, stats.options());
+  const int64_t words = params.a ? (params.anchor.rows + 31) / 32 : 0;
+  const at::Tensor zeros = at::zeros({1 + words}, like.options().dtype(at::kInt));
+  params.distances = distances.mutable_data_ptr();
+  params.loss = loss.mutable_data_ptr();
+  params.stats = stats.mutable_data_ptr<double>();
+  params.partial = partial.mutable_data_ptr<double>();
+  params.zeros = reinterpret_cast<unsigned*>(zeros.mutable_data_ptr<int32_t>());
+  check(launch_triplet_forward(params, element_of(like), stream()), "triplet_forward");
+  return {loss, distances, stats};
+}
+
+// Keeps what the parameters point to.
+struct Gradient {
+  at::Tensor grad;
+
+  Gradient(TripletBackwardParams& params, const at::Tensor& grad, const at::Tensor& distances, const at::Tensor& stats)
+      : grad(grad.to(distances.scalar_type()).contiguous()) {
+    params.grad = this->grad.const_data_ptr();
+    params.grad_stride = params.reduction == Reduction::None ? 1 : 0;
+    params.distances = const_cast<void*>(distances.const_data_ptr());
+    params.stats = stats.const_data_ptr<double>();
+  }
+};
+
+TripletParams explicit_params(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
+                              const Measure& measure, std::string_view reduction) {
+  return {matrix_of(anchor), matrix_of(positive), matrix_of(negative), nullptr,
+          nullptr,           nullptr,             false,               anchor.size(0),
+          anchor.size(1),    measure,             parse_reduction(reduction), nullptr};
+}
+
+// The parameters of indexed triplets, and the tensors they point to.
+struct Indexed {
+  at::Tensor anchor, positive, negative;
+  TripletParams params;
+
+  Indexed(const at::Tensor& embeddings, const OptionalTensor& references, const OptionalTensor& given,
+          const at::Tensor& p, const at::Tensor& n, const Measure& measure, std::string_view reduction)
+      : positive(p.contiguous()), negative(n.contiguous()) {
+    if (given) anchor = given->contiguous();
+    const Matrix others = matrix_of(references ? *references : embeddings);
+    params = {matrix_of(embeddings), others,           others,
+              given ? index_of(anchor) : nullptr,      index_of(positive), index_of(negative),
+              !given,                p.size(0),        embeddings.size(1),
+              measure,               parse_reduction(reduction), nullptr};
+  }
+};
+
+// 1 / max(norm, floor) of each row, and what the scaled row's squared norm lacks to 1, for the cosine distance.
+void norms(const at::Tensor& x, void* inverse, void* lack) {
+  check(launch_norms({matrix_of(x), x.size(1), inverse, lack}, element_of(x), stream()), "row_norms");
+}
+
+void check_rows(int64_t count, int64_t total) {
+  constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max() - 2 * kTileRows;  // row numbers have 32 bits
+  TORCH_CHECK_VALUE(std::max(count, total) <= kMostRows, "embeddings and ref_embeddings must have at most ", kMostRows,
+                    " rows, got ", count, " and ", total);
+}
+
+// --- the selection from tiles -----------------------------------------------------------------------------------
+
+// A side's labels in ascending order, and room for its rows.
+struct Side {
+  at::Tensor labels, order, packed, bias, finite, range;
+  TileSide params;
+
+  Side(const at::Tensor& x, const at::Tensor& given, int64_t packed_bytes, const at::Tensor& inverse) {
+    const int64_t count = x.size(0), padded = (count + kTileRows - 1) / kTileRows * kTileRows;
+    std::tie(labels, order) = at::sort(given, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    const auto bytes = x.options().dtype(at::kByte);
+    packed = at::empty({padded * packed_bytes}, bytes);
+    bias = at::empty({padded}, x.options().dtype(at::kFloat));
+    finite = at::empty({count}, bytes);
+    range = at::empty({2, padded}, x.options().dtype(at::kInt));
+    int32_t* const low = range.mutable_data_ptr<int32_t>();
+    const float* const scale = inverse.defined() ? inverse.const_data_ptr<float>() : nullptr;
+    params = {matrix_of(x), index_of(labels), index_of(order), scale, scale ? scale + count : nullptr, count, padded,
+              packed.mutable_data_ptr(), bias.mutable_data_ptr<float>(), finite.mutable_data_ptr<uint8_t>(), low,
+              low + padded};
+  }
+};
+
+Products products_of(const at::Tensor& x, bool cosine) {
+  const auto precision = at::globalContext().float32MatmulPrecision();
+  if (x.scalar_type() != at::kFloat) {
+    if (cosine) return Products::TF32;  // unit rows have more bits than the type
+    return x.scalar_type() == at::kHalf ? Products::Float16 : Products::BFloat16;
+  }
+  return precision == at::Float32MatmulPrecision::HIGHEST ? Products::Float32
+         : precision == at::Float32MatmulPrecision::HIGH  ? Products::TF32
+                                                          : Products::BFloat16;
+}
+
+void select_tiles(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& references, const at::Tensor& z,
+                  std::optional<int64_t> offset, const at::Tensor& unit_x, const at::Tensor& unit_r,
+                  int64_t* positive, int64_t* negative) {
+  const Products products = products_of(x, unit_x.defined());
+  const int64_t width = products == Products::Float32 || products == Products::TF32 ? 4 : 2;
+  const int64_t packed_bytes = (x.size(1) * width + kTileChunk - 1) / kTileChunk * kTileChunk;
+  const Side anchors(x, y, packed_bytes, unit_x);
+  std::optional<Side> others;
+  if (references) others.emplace(*references, z, packed_bytes, unit_r);
+  const at::Tensor shift = at::empty({x.size(1) + 1}, x.options().dtype(at::kFloat));
+  const at::Tensor zeros = at::zeros({2 * x.size(0) + 1}, x.options().dtype(at::kLong));
+  auto* const keys = reinterpret_cast<unsigned long long*>(zeros.mutable_data_ptr<int64_t>());
+  const TileParams params{anchors.params,
+                          others ? others->params : anchors.params,
+                          !references,
+                          products,
+                          x.size(1),
+                          packed_bytes,
+                          offset.value_or(kNobody),
+                          shift.mutable_data_ptr<float>(),
+                          keys,
+                          keys + x.size(0),
+                          reinterpret_cast<unsigned*>(keys + 2 * x.size(0)),
+                          positive,
+                          negative,
+                          2 * multiprocessors()};
+  check(launch_select_tiles(params, element_of(x), stream()), "select_tiles");
+}
+
+}  // namespace
+
+Loss triplet_loss_cuda(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative, double margin,
+                       std::string_view distance, double p, double eps, bool swap, bool soft_margin,
+                       std::string_view reduction) {
+  const c10::cuda::CUDAGuard guard(anchor.device());
+  const Measure measure{margin, p, eps, parse_distance(distance), swap, soft_margin, kSlopeAtZero};
+  TripletForwardParams params{};
+  static_cast<TripletParams&>(params) = explicit_params(anchor, positive, negative, measure, reduction);
+  return forward(params, anchor);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> triplet_loss_backward_cuda(
+    const at::Tensor& grad, const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
+    const at::Tensor& distances, const at::Tensor& stats, double margin, std::string_view distance, double p,
+    double eps, bool swap, bool soft_margin, std::string_view reduction) {
+  const c10::cuda::CUDAGuard guard(anchor.device());
+  const Measure measure{margin, p, eps, parse_distance(distance), swap, soft_margin, kSlopeAtZero};
+  ExplicitBackwardParams params{};
+  static_cast<TripletParams&>(params) = explicit_params(anchor, positive, negative, measure, reduction);
+  const Gradient gradient(params, grad, distances, stats);
+  at::Tensor ga = at::empty(anchor.sizes(), anchor.options()), gp = at::empty(anchor.sizes(), anchor.options()),
+             gn = at::empty(anchor.sizes(), anchor.options());
+  params.grad_anchor = ga.mutable_data_ptr();
+  params.grad_positive = gp.mutable_data_ptr();
+  params.grad_negative = gn.mutable_data_ptr();
+  check(launch_explicit_backward(params, element_of(anchor), stream()), "explicit_backward");
+  return {ga, gp, gn};
+}
+
+Loss indexed_triplet_loss_cuda(const at::Tensor& embeddings, const OptionalTensor& references,
+                               const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
+                               double margin, std::string_view distance, bool swap, bool soft_margin,
+                               std::string_view reduction) {
+  const c10::cuda::CUDAGuard guard(embeddings.device());
+  const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
+  const Indexed indexed(embeddings, references, anchor, positive, negative, measure, reduction);
+  TripletForwardParams params{};
+  static_cast<TripletParams&>(params) = indexed.params;
+  return forward(params, embeddings);
+}
+
+std::tuple<at::Tensor, at::Tensor> indexed_triplet_loss_backward_cuda(
+    const at::Tensor& grad, const at::Tensor& embeddings, const OptionalTensor& references,
+    const OptionalTensor& anchor, const at::Tensor& positive, const at::Tensor& negative, const at::Tensor& distances,
+    const at::Tensor& stats, double margin, std::string_view distance, bool swap, bool soft_margin,
+    std::string_view reduction) {
+  const c10::cuda::CUDAGuard guard(embeddings.device());
+  const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
+  const Indexed indexed(embeddings, references, anchor, positive, negative, measure, reduction);
+  const int64_t on_x = embeddings.size(0), on_r = references ? references->size(0) : 0;
+  GatherParams params{};
+  static_cast<TripletParams&>(params) = indexed.params;
+  const Gradient gradient(params, grad, distances, stats);
+  params.apart = references.has_value();
+  at::Tensor own = at::empty(embeddings.sizes(), embeddings.options());
+  at::Tensor other = at::empty(references ? references->sizes() : at::IntArrayRef{0}, embeddings.options());
+  params.grad_x = own.mutable_data_ptr();
+  params.grad_r = other.mutable_data_ptr();
+
+  at::Tensor units;
+  if (measure.distance == Distance::Cosine) {
+    units = at::empty({2, on_x + on_r}, distances.options());
+    const int64_t size = int64_t(units.element_size());
+    char* const inverse = static_cast<char*>(units.mutable_data_ptr());
+    char* const lack = inverse + (on_x + on_r) * size;
+    norms(embeddings, inverse, lack);
+    if (references) norms(*references, inverse + on_x * size, lack + on_x * size);
+    params.inverse = inverse;
+    params.lack = lack;
+  }
+  at::Tensor keys, order;
+  if (params.count > kMostScanned) {
+    check_rows(on_x, on_x + on_r);
+    const at::Tensor unsorted = at::empty({params.count * (anchor ? 3 : 2)}, embeddings.options().dtype(at::kInt));
+    check(launch_keys({params, params.apart, unsorted.mutable_data_ptr<int32_t>()}, stream()), "keys");
+    std::tie(keys, order) = at::sort(unsorted, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    params.keys = keys.const_data_ptr<int32_t>();
+    params.order = index_of(order);
+  }
+  check(launch_gather(params, element_of(embeddings), stream()), "gather");
+  return {own, other};
+}
+
+std::tuple<at::Tensor, at::Tensor> select_hardest_cuda(const at::Tensor& embeddings, const at::Tensor& labels,
+                                                       const OptionalTensor& references,
+                                                       const OptionalTensor& reference_labels,
+                                                       std::optional<int64_t> reference_offset,
+                                                       std::string_view distance) {
+  const c10::cuda::CUDAGuard guard(embeddings.device());
+  const at::Tensor& others = references ? *references : embeddings;
+  const int64_t count = embeddings.size(0), total = others.size(0), depth = embeddings.size(1);
+  check_rows(count, total);
+  at::Tensor positive = at::empty({count}, labels.options()), negative = at::empty({count}, labels.options());
+  if (count == 0) return {positive, negative};
+  const at::Tensor y = labels.contiguous(), z = references ? reference_labels->contiguous() : y;
+  const std::optional<int64_t> offset = references ? reference_offset : std::optional<int64_t>(0);
+
+  at::Tensor unit_x, unit_r;
+  if (parse_distance(distance) == Distance::Cosine) {
+    const auto options = embeddings.options().dtype(accumulation_type(embeddings));
+    const auto units = [&](const at::Tensor& x) {
+      at::Tensor unit = at::empty({2, x.size(0)}, options);
+      norms(x, unit.mutable_data_ptr(),
+            static_cast<char*>(unit.mutable_data_ptr()) + x.size(0) * int64_t(unit.element_size()));
+      return unit;
+    };
+    unit_x = units(embeddings);
+    unit_r = references ? units(others) : unit_x;
+  }
+  int64_t* const p = positive.mutable_data_ptr<int64_t>();
+  int64_t* const n = negative.mutable_data_ptr<int64_t>();
+  if (embeddings.scalar_type() != at::kDouble && total > 0 && depth > 0 && count > kMostPairs / total / depth) {
+    select_tiles(embeddings, y, references, z, offset, unit_x, unit_r, p, n);
+    return {positive, negative};
+  }
+  SelectParams params{matrix_of(embeddings), matrix_of(others), index_of(y), index_of(z), depth,
+                      offset.value_or(kNobody), nullptr, nullptr, nullptr, nullptr, p, n};
+  if (unit_x.defined()) {
+    const auto lack = [](const at::Tensor& unit) {
+      return static_cast<const char*>(unit.const_data_ptr()) + unit.size(1) * int64_t(unit.element_size());
+    };
+    params.inverse_x = unit_x.const_data_ptr();
+    params.lack_x = lack(unit_x);
+    params.inverse_r = unit_r.const_data_ptr();
+    params.lack_r = lack(unit_r);
+  }
+  check(launch_select_pairs(params, element_of(embeddings), stream()), "select_pairs");
+  return {positive, negative};
+}
+
+}  // namespace triplet_ext

@@ -1,0 +1,131 @@
+// What launch.cpp hands to the kernels: no torch here, no device code. Every pointer is a device pointer; `acc` is
+// double where the elements are double and float for all else.
+#pragma once
+
+#include <cstdint>
+
+#include "../triplet.h"
+
+typedef struct CUstream_st* cudaStream_t;
+
+namespace triplet_ext {
+
+enum class Element : int32_t { Float32, Float64, Float16, BFloat16 };
+
+// A matrix in place, strides in elements.
+struct Matrix {
+  const void* data;
+  int64_t rows, row_stride, column_stride;
+};
+
+// The loss of T triplets, explicit or indexed. Triplet t is (anchor[a[t]], positive[p[t]], negative[n[t]]), a null
+// index meaning t.
+struct TripletParams {
+  Matrix anchor, positive, negative;
+  const int64_t *a, *p, *n;  // [T], may be null
+  bool mined;                // p or n may be -1: that anchor has no triplet; else an index out of range is NaN
+  int64_t count, depth;
+  Measure measure;
+  Reduction reduction;
+  void* distances;  // acc [2, T], with swap [3, T]
+};
+
+struct TripletForwardParams : TripletParams {
+  void* loss;       // acc [], with Reduction::None [T]
+  double* stats;    // [kStats]
+  double* partial;  // [triplet_blocks(T), kStats]
+  unsigned* zeros;  // [1 + (anchor.rows + 31) / 32 if a], zero: a ticket, and the anchors met
+};
+
+struct TripletBackwardParams : TripletParams {
+  const void* grad;  // acc [], with Reduction::None [T]
+  int64_t grad_stride;
+  const double* stats;
+};
+
+// An entry e of the inverse index is triplet e % T in role e / T: 0 anchor (unless a is null: then every row is the
+// anchor of its own triplet, and entries begin at T), 1 positive, 2 negative. Its key is the row it belongs to, rows
+// of the references following those of the embeddings where they are apart; -1 if there is none.
+struct KeyParams {
+  TripletParams triplets;
+  bool apart;  // positive and negative are not rows of the anchors' matrix
+  int32_t* keys;  // [entries]
+};
+
+// Explicit triplets: each row of a gradient belongs to one triplet.
+struct ExplicitBackwardParams : TripletBackwardParams {
+  void *grad_anchor, *grad_positive, *grad_negative;  // [T, D] each, contiguous
+};
+
+// Indexed triplets: each row gathers what pulls at it, by the inverse index.
+struct GatherParams : TripletBackwardParams {
+  bool apart;
+  const int32_t* keys;   // [entries] ascending; null: each row looks through all entries itself
+  const int64_t* order;  // [entries] the entries of the keys, counted from the first
+  const void* inverse;   // acc [rows], of the cosine distance: 1 / max(norm, floor); null for others
+  const void* lack;      // acc [rows]: what the squared norm lacks to 1 after that
+  void *grad_x, *grad_r;  // [B, D], [R, D] if apart; contiguous
+};
+
+struct NormParams {
+  Matrix x;
+  int64_t depth;
+  void *inverse, *lack;  // acc [rows]
+};
+
+// Batch-hard selection: what is asked for.
+struct SelectParams {
+  Matrix x, r;  // anchors and references
+  const int64_t *labels_x, *labels_r;
+  int64_t depth, offset;  // anchor i is reference i + offset; kNobody: none is
+  // acc [rows], of the cosine distance: 1 / max(norm, floor), and what the squared norm lacks to 1 after that
+  const void *inverse_x, *lack_x, *inverse_r, *lack_r;
+  int64_t *positive, *negative;  // [B], -1 where there is none
+};
+constexpr int64_t kNobody = -(int64_t(1) << 40);  // far enough below every index for i + offset to meet none
+
+// How the tensor cores multiply float32 rows; half types are multiplied as they are.
+enum class Products : int32_t { Float32, TF32, BFloat16, Float16 };
+
+// One side of the tiles: rows sorted by label, shifted, scaled and rounded to what is multiplied.
+struct TileSide {
+  Matrix rows;                // as given
+  const int64_t* labels;      // [count] ascending
+  const int64_t* order;       // [count] packed -> given
+  const void *inverse, *lack;  // as in SelectParams
+  int64_t count, padded;      // padded: a multiple of kTileRows
+  void* packed;               // [padded, packed_bytes]
+  float* bias;                // [padded] half the squared norm of the packed row, large in the padding
+  uint8_t* finite;            // [count] given
+  int32_t *low, *high;        // [padded] of an anchor: where its label's references begin and end, packed
+};
+
+struct TileParams {
+  TileSide x, r;  // the same if symmetric
+  bool symmetric;
+  Products products;
+  int64_t depth, packed_bytes, offset;  // packed_bytes: a multiple of kTileChunk
+  float* shift;                         // [depth + 1]: the centre, and a power of two to scale with
+  // Keys by given anchor, zero before: (ordered value) << 32 | ~index, so that the larger is the better.
+  unsigned long long *nearest, *farthest;  // [B]
+  unsigned* not_finite;                    // [1], zero before: counts such rows
+  int64_t *positive, *negative;            // [B]
+  int blocks;                              // that fill the device
+};
+
+constexpr int64_t kTileRows = 128, kTileChunk = 64;
+
+int64_t triplet_blocks(int64_t count);
+
+// Each returns a cudaError_t; 0 is success.
+int launch_triplet_forward(const TripletForwardParams& params, Element element, cudaStream_t stream);
+int launch_explicit_backward(const ExplicitBackwardParams& params, Element element, cudaStream_t stream);
+int launch_keys(const KeyParams& params, cudaStream_t stream);
+int launch_gather(const GatherParams& params, Element element, cudaStream_t stream);
+int launch_norms(const NormParams& params, Element element, cudaStream_t stream);
+// From all pairs, by differences in the accumulation type: exact, no workspace, one launch; time B R D.
+int launch_select_pairs(const SelectParams& params, Element element, cudaStream_t stream);
+// From tiles of the Gram matrix on the tensor cores. Four launches.
+int launch_select_tiles(const TileParams& params, Element element, cudaStream_t stream);
+
+}  // namespace triplet_ext

@@ -1,6 +1,8 @@
 // Rows of a matrix, read by a warp: 16 bytes a lane where the matrix allows it, element by element where not.
 #pragma once
 
+#include <limits>
+
 #include "device.cuh"
 #include "params.h"
 

@@ -8,6 +8,8 @@
 // finds the index and does a 64-bit atomicMax on (value, ~index): the order of arrival does not matter, the lowest
 // index wins a tie, and no value loses bits to an index. That is 3 instructions a value: one to begin with the
 // biases, one maximum for the row, one for the column.
+#include <algorithm>
+
 #include "tiles.cuh"
 
 namespace triplet_ext {
@@ -42,8 +44,9 @@ struct ShiftShared {
   float largest[kShiftThreads];
 };
 
-// A centre, and the scale that puts the sampled rows' largest element near 1. The centre need not be the mean: it is
-// rounded to a few bits, so that rows of few bits stay exact. Half types are multiplied as they are.
+// A centre, and the scale that puts the sampled rows' largest element near 1. The centre need not be the mean: of each
+// feature it is the sampled value nearest to that, so that rows of few bits, integers say, stay exact. Half types are
+// multiplied as they are.
 template <typename E>
 __global__ void __launch_bounds__(kShiftThreads) shift_kernel(TileParams params) {
   ShiftShared& shared = shared_memory<ShiftShared>();
@@ -53,20 +56,27 @@ __global__ void __launch_bounds__(kShiftThreads) shift_kernel(TileParams params)
   const bool moves = sizeof(E) == 4 || inverse;
   float largest = 0;
   for (int64_t k = threadIdx.x; k < params.depth && moves; k += kShiftThreads) {
-    float sum = 0, size = 0;
-    int taken = 0;
-    for (int64_t i = 0; i < m.rows; i += step) {
-      float x[1];
-      row_of<E, 1>(m, i).read(k, x);
-      const float y = inverse ? x[0] * inverse[i] : x[0];
-      if (!is_finite(y)) continue;
+    const auto each = [&](auto f) {
+      for (int64_t i = 0; i < m.rows; i += step) {
+        float x[1];
+        row_of<E, 1>(m, i).read(k, x);
+        const float y = inverse ? x[0] * inverse[i] : x[0];
+        if (is_finite(y)) f(y);
+      }
+    };
+    float sum = 0, size = 0, taken = 0, centre = 0, off = std::numeric_limits<float>::infinity();
+    each([&](float y) {
       sum += y / kSample;
       size = fmaxf(size, fabsf(y));
-      ++taken;
-    }
-    const float grid = exp2f(ceilf(log2f(fmaxf(size, 1e-30f))) - 3);
-    const float centre = taken ? rintf(sum * kSample / taken / grid) * grid : 0.0f;
-    params.shift[k] = is_finite(centre) ? centre : 0.0f;
+      taken += 1;
+    });
+    const float mean = taken > 0 ? sum / taken * kSample : 0.0f;
+    each([&](float y) {
+      if (fabsf(y - mean) >= off) return;
+      off = fabsf(y - mean);
+      centre = y;
+    });
+    params.shift[k] = centre;
     largest = fmaxf(largest, size);
   }
   if (!moves)

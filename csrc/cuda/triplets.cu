@@ -1,6 +1,10 @@
 // The loss of explicit and of indexed triplets, and its gradient: one warp a triplet forward, one warp a triplet
 // or a row backward. Bound by memory: each row of a triplet is read once (twice for the cosine distance, the second
 // time from the cache), with 16 bytes a lane under way from each of two or three rows.
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+
 #include "rows.cuh"
 
 namespace triplet_ext {
@@ -192,12 +196,14 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
   }
 
   // The block that is done last adds the blocks' sums up, always in the same order.
-  __threadfence();  // each writer before the ticket that tells of it
   __syncthreads();
-  if (threadIdx.x == 0) shared.last = atomicAdd(params.zeros, 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();  // what this block wrote before the ticket that tells of it
+    shared.last = atomicAdd(params.zeros, 1u) == gridDim.x - 1;
+    __threadfence();  // what the other blocks wrote before their tickets
+  }
   __syncthreads();
   if (!shared.last) return;
-  __threadfence();  // what the other blocks wrote before their tickets
   double result[kSums + 1];
   const int64_t words = params.a ? (params.anchor.rows + 31) / 32 : 0;
   for (int i = 0; i <= kSums; ++i) {
@@ -210,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
     shared.total[threadIdx.x] = sum;
     __syncthreads();
     for (int half = kThreads / 2; half > 0; half /= 2) {
-      if (threadIdx.x < half) shared.total[threadIdx.x] += shared.total[threadIdx.x + half];
+      if (int(threadIdx.x) < half) shared.total[threadIdx.x] += shared.total[threadIdx.x + half];
       __syncthreads();
     }
     result[i] = shared.total[0];
@@ -362,7 +368,8 @@ __global__ void __launch_bounds__(kThreads) explicit_backward_kernel(ExplicitBac
 // The row that an entry of the inverse index belongs to, or -1.
 __device__ __forceinline__ int64_t key_of(const TripletParams& params, bool apart, int64_t entry) {
   const int role = int(entry / params.count);
-  const int64_t index = (role == 0 ? params.a : role == 1 ? params.p : params.n)[entry % params.count];
+  const int64_t t = entry % params.count;
+  const int64_t index = role == 0 ? params.a[t] : role == 1 ? params.p[t] : params.n[t];
   const bool inside = index >= 0 && index < (role == 0 ? params.anchor : params.positive).rows;
   return inside ? index + (role > 0 && apart ? params.anchor.rows : 0) : -1;
 }
@@ -393,8 +400,8 @@ __device__ int64_t first_of(const int32_t* keys, int64_t count, int64_t row, int
 // What one entry of the inverse index does to its row: up to two pulls towards other rows.
 template <typename T>
 struct Entry {
-  int64_t other[2];  // -1: none
-  T weight[2], distance[2];
+  int64_t other[2] = {-1, -1};  // nobody
+  T weight[2] = {0, 0}, distance[2] = {0, 0};
 };
 
 template <typename T>
@@ -402,7 +409,7 @@ __device__ Entry<T> entry_of(const GatherParams& params, int64_t e, int64_t on_x
   const int64_t t = e % params.count;
   const int role = int(e / params.count);
   const int64_t ia = params.a ? params.a[t] : t, ip = params.p[t], in = params.n[t];
-  Entry<T> entry{{-1, -1}, {0, 0}, {0, 0}};
+  Entry<T> entry;
   const bool there = ia >= 0 && ia < params.anchor.rows && ip >= 0 && ip < params.positive.rows && in >= 0 &&
                      in < params.negative.rows;
   const int64_t a = ia, p = ip + on_x, n = in + on_x;
@@ -473,7 +480,7 @@ __global__ void __launch_bounds__(kThreads, 2) gather_kernel(GatherParams params
   };
   // Takes up to 32 entries, one a lane, and lets the warp pull for each.
   const auto take = [&](bool has, int64_t e) {
-    Entry<T> entry{{-1, -1}, {0, 0}, {0, 0}};
+    Entry<T> entry;
     if (has) entry = entry_of<T>(params, e, on_x);
     unsigned left = __ballot_sync(kAllLanes, has && (entry.other[0] >= 0 || entry.other[1] >= 0));
     for (; left; left &= left - 1) {

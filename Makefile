@@ -2,8 +2,12 @@
 #
 #   make demo        train an embedding on real digit scans, print a table, draw pictures into demo-output/
 #   make test        build, and run every test
+#   make simt        the CUDA kernels on the CPU, every rule of CUDA checked (part of make test)
+#   make simt-mutants  takes each barrier and wait out of them: is it missed?
 #   make bench       the benchmarks; writes benchmarks/results/ and the table in README.md
 #   make bench-quick the same in two minutes, writing nothing
+#   make cuda-check  the CUDA kernels compiled without a GPU: no warning, no spill, and the tables of docs/kernels.md
+#   make gpu-report  where a GPU and torch are: builds in place, tests, measures; writes OUT=benchmarks/results
 #   make lint        ruff, mypy, clang-format
 #   make format      let ruff and clang-format rewrite
 #   make clean       remove all that was made
@@ -13,15 +17,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
+OUT ?= benchmarks/results
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 LINT := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
-PACKAGE := setup.py pyproject.toml $(CPP) $(wildcard triplet_ext/*.py triplet_ext/*/*.py)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(SOURCES) $(wildcard tests/simt/*.cpp tests/simt/*.h)
+PACKAGE := setup.py pyproject.toml $(SOURCES) $(wildcard triplet_ext/*.py triplet_ext/*/*.py)
 
-.PHONY: demo test bench bench-quick table lint format clean
+.PHONY: demo test simt simt-mutants bench bench-quick table cuda-check gpu-report lint format clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -48,11 +54,23 @@ demo: $(VENV)/.package
 test: $(VENV)/.package
 	$(BIN)/pytest
 
+simt: $(VENV)/.package
+	$(BIN)/pytest tests/simt
+
+simt-mutants: $(VENV)/.package
+	$(BIN)/python -m tests.simt.mutants
+
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 bench-quick: $(VENV)/.bench
 	$(BIN)/python -m benchmarks --quick
+
+cuda-check:
+	$(PYTHON) tests/cuda_check.py
+
+gpu-report:
+	$(PYTHON) -m benchmarks.gpu_report --output '$(OUT)'
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

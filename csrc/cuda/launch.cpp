@@ -34,10 +34,14 @@ void check(int error, const char* kernel) {
 
 Element element_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kDouble: return Element::Float64;
-    case at::kHalf: return Element::Float16;
-    case at::kBFloat16: return Element::BFloat16;
-    default: return Element::Float32;
+    case at::kDouble:
+      return Element::Float64;
+    case at::kHalf:
+      return Element::Float16;
+    case at::kBFloat16:
+      return Element::BFloat16;
+    default:
+      return Element::Float32;
   }
 }
 
@@ -87,9 +91,18 @@ struct Gradient {
 
 TripletParams explicit_params(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative,
                               const Measure& measure, std::string_view reduction) {
-  return {matrix_of(anchor), matrix_of(positive), matrix_of(negative), nullptr,
-          nullptr,           nullptr,             false,               anchor.size(0),
-          anchor.size(1),    measure,             parse_reduction(reduction), nullptr};
+  return {matrix_of(anchor),
+          matrix_of(positive),
+          matrix_of(negative),
+          nullptr,
+          nullptr,
+          nullptr,
+          false,
+          anchor.size(0),
+          anchor.size(1),
+          measure,
+          parse_reduction(reduction),
+          nullptr};
 }
 
 // The parameters of indexed triplets, and the tensors they point to.
@@ -102,10 +115,18 @@ struct Indexed {
       : positive(p.contiguous()), negative(n.contiguous()) {
     if (given) anchor = given->contiguous();
     const Matrix others = matrix_of(references ? *references : embeddings);
-    params = {matrix_of(embeddings), others,           others,
-              given ? index_of(anchor) : nullptr,      index_of(positive), index_of(negative),
-              !given,                p.size(0),        embeddings.size(1),
-              measure,               parse_reduction(reduction), nullptr};
+    params = {matrix_of(embeddings),
+              others,
+              others,
+              given ? index_of(anchor) : nullptr,
+              index_of(positive),
+              index_of(negative),
+              !given,
+              p.size(0),
+              embeddings.size(1),
+              measure,
+              parse_reduction(reduction),
+              nullptr};
   }
 };
 
@@ -137,8 +158,17 @@ struct Side {
     range = at::empty({2, padded}, x.options().dtype(at::kInt));
     int32_t* const low = range.mutable_data_ptr<int32_t>();
     const float* const scale = inverse.defined() ? inverse.const_data_ptr<float>() : nullptr;
-    params = {matrix_of(x), index_of(labels), index_of(order), scale, scale ? scale + count : nullptr, count, padded,
-              packed.mutable_data_ptr(), bias.mutable_data_ptr<float>(), finite.mutable_data_ptr<uint8_t>(), low,
+    params = {matrix_of(x),
+              index_of(labels),
+              index_of(order),
+              scale,
+              scale ? scale + count : nullptr,
+              count,
+              padded,
+              packed.mutable_data_ptr(),
+              bias.mutable_data_ptr<float>(),
+              finite.mutable_data_ptr<uint8_t>(),
+              low,
               low + padded};
   }
 };
@@ -155,8 +185,8 @@ Products products_of(const at::Tensor& x, bool cosine) {
 }
 
 void select_tiles(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& references, const at::Tensor& z,
-                  std::optional<int64_t> offset, const at::Tensor& unit_x, const at::Tensor& unit_r,
-                  int64_t* positive, int64_t* negative) {
+                  std::optional<int64_t> offset, const at::Tensor& unit_x, const at::Tensor& unit_r, int64_t* positive,
+                  int64_t* negative) {
   const Products products = products_of(x, unit_x.defined());
   const int64_t width = products == Products::Float32 || products == Products::TF32 ? 4 : 2;
   const int64_t packed_bytes = (x.size(1) * width + kTileChunk - 1) / kTileChunk * kTileChunk;
@@ -299,8 +329,18 @@ std::tuple<at::Tensor, at::Tensor> select_hardest_cuda(const at::Tensor& embeddi
     select_tiles(embeddings, y, references, z, offset, unit_x, unit_r, p, n);
     return {positive, negative};
   }
-  SelectParams params{matrix_of(embeddings), matrix_of(others), index_of(y), index_of(z), depth,
-                      offset.value_or(kNobody), nullptr, nullptr, nullptr, nullptr, p, n};
+  SelectParams params{matrix_of(embeddings),
+                      matrix_of(others),
+                      index_of(y),
+                      index_of(z),
+                      depth,
+                      offset.value_or(kNobody),
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      p,
+                      n};
   if (unit_x.defined()) {
     const auto lack = [](const at::Tensor& unit) {
       return static_cast<const char*>(unit.const_data_ptr()) + unit.size(1) * int64_t(unit.element_size());

@@ -48,7 +48,7 @@ struct TripletBackwardParams : TripletParams {
 // of the references following those of the embeddings where they are apart; -1 if there is none.
 struct KeyParams {
   TripletParams triplets;
-  bool apart;  // positive and negative are not rows of the anchors' matrix
+  bool apart;     // positive and negative are not rows of the anchors' matrix
   int32_t* keys;  // [entries]
 };
 
@@ -60,10 +60,10 @@ struct ExplicitBackwardParams : TripletBackwardParams {
 // Indexed triplets: each row gathers what pulls at it, by the inverse index.
 struct GatherParams : TripletBackwardParams {
   bool apart;
-  const int32_t* keys;   // [entries] ascending; null: each row looks through all entries itself
-  const int64_t* order;  // [entries] the entries of the keys, counted from the first
-  const void* inverse;   // acc [rows], of the cosine distance: 1 / max(norm, floor); null for others
-  const void* lack;      // acc [rows]: what the squared norm lacks to 1 after that
+  const int32_t* keys;    // [entries] ascending; null: each row looks through all entries itself
+  const int64_t* order;   // [entries] the entries of the keys, counted from the first
+  const void* inverse;    // acc [rows], of the cosine distance: 1 / max(norm, floor); null for others
+  const void* lack;       // acc [rows]: what the squared norm lacks to 1 after that
   void *grad_x, *grad_r;  // [B, D], [R, D] if apart; contiguous
 };
 
@@ -89,15 +89,15 @@ enum class Products : int32_t { Float32, TF32, BFloat16, Float16 };
 
 // One side of the tiles: rows sorted by label, shifted, scaled and rounded to what is multiplied.
 struct TileSide {
-  Matrix rows;                // as given
-  const int64_t* labels;      // [count] ascending
-  const int64_t* order;       // [count] packed -> given
+  Matrix rows;                 // as given
+  const int64_t* labels;       // [count] ascending
+  const int64_t* order;        // [count] packed -> given
   const void *inverse, *lack;  // as in SelectParams
-  int64_t count, padded;      // padded: a multiple of kTileRows
-  void* packed;               // [padded, packed_bytes]
-  float* bias;                // [padded] half the squared norm of the packed row, large in the padding
-  uint8_t* finite;            // [count] given
-  int32_t *low, *high;        // [padded] of an anchor: where its label's references begin and end, packed
+  int64_t count, padded;       // padded: a multiple of kTileRows
+  void* packed;                // [padded, packed_bytes]
+  float* bias;                 // [padded] half the squared norm of the packed row, large in the padding
+  uint8_t* finite;             // [count] given
+  int32_t *low, *high;         // [padded] of an anchor: where its label's references begin and end, packed
 };
 
 struct TileParams {

@@ -100,10 +100,14 @@ bool packs(const Matrix& m, int64_t depth) {
 template <typename F>
 auto with_element(Element element, F f) {
   switch (element) {
-    case Element::Float64: return f(double());
-    case Element::Float16: return f(__half());
-    case Element::BFloat16: return f(__nv_bfloat16());
-    default: return f(float());
+    case Element::Float64:
+      return f(double());
+    case Element::Float16:
+      return f(__half());
+    case Element::BFloat16:
+      return f(__nv_bfloat16());
+    default:
+      return f(float());
   }
 }
 

@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(kPackWarps* kWarp) pack_kernel(TileParams para
   // A row that is not finite is chosen by finish_kernel and must not spoil the products.
   const bool finite = square <= kMostSquare && lack <= 1;
   O* const to = reinterpret_cast<O*>(static_cast<unsigned char*>(side.packed) + packed * params.packed_bytes);
-  for (int64_t k = lane; k < params.packed_bytes / int64_t(sizeof(O)); k += kWarp) put(to + k, finite ? moved(k) : 0.0f);
+  for (int64_t k = lane; k < params.packed_bytes / int64_t(sizeof(O)); k += kWarp)
+    put(to + k, finite ? moved(k) : 0.0f);
   if (lane != 0) return;
   side.bias[packed] = real ? (finite ? (square + lack) / 2 : 0.0f) : kHidden;
   if (real) {
@@ -213,7 +214,8 @@ struct Hardest {
     const auto row_at = [&](int r) { return warp_row + r / 2 * 16 + r % 2 * 8 + lane / 4; };
     const auto column_at = [&](int c) { return warp_column + c / 2 * 8 + lane % 4 * 2 + c % 2; };
     // Sorted by label: the rows' positives among the references are a range, which the tile meets or not.
-    const int64_t begin = j * kTile, last = i * kTile + kTile < params.x.count ? kTile - 1 : int(params.x.count - i * kTile) - 1;
+    const int64_t begin = j * kTile,
+                  last = i * kTile + kTile < params.x.count ? kTile - 1 : int(params.x.count - i * kTile) - 1;
     if (shared.low[0] < begin + kTile && begin < shared.high[last]) {
       mixed(values, begin, columns, row_at, column_at);
       return;
@@ -224,9 +226,10 @@ struct Hardest {
 #pragma unroll
       for (int c = 1; c < kColumnsEach; ++c) best = fmaxf(best, values[r / 2][c / 2][r % 2 * 2 + c % 2]);
       if (best >= shared.nearest[0][row_at(r)]) {
-        offer(params.nearest, shared.given[0][row_at(r)], best, kColumnsEach,
-              [&](int c) { return values[r / 2][c / 2][r % 2 * 2 + c % 2]; },
-              [&](int c) { return shared.given[1][column_at(c)]; });
+        offer(
+            params.nearest, shared.given[0][row_at(r)], best, kColumnsEach,
+            [&](int c) { return values[r / 2][c / 2][r % 2 * 2 + c % 2]; },
+            [&](int c) { return shared.given[1][column_at(c)]; });
       }
     }
     if (!columns) return;
@@ -236,9 +239,10 @@ struct Hardest {
 #pragma unroll
       for (int r = 1; r < kRowsEach; ++r) best = fmaxf(best, values[r / 2][c / 2][r % 2 * 2 + c % 2]);
       if (best >= shared.nearest[1][column_at(c)]) {
-        offer(params.nearest, shared.given[1][column_at(c)], best, kRowsEach,
-              [&](int r) { return values[r / 2][c / 2][r % 2 * 2 + c % 2]; },
-              [&](int r) { return shared.given[0][row_at(r)]; });
+        offer(
+            params.nearest, shared.given[1][column_at(c)], best, kRowsEach,
+            [&](int r) { return values[r / 2][c / 2][r % 2 * 2 + c % 2]; },
+            [&](int r) { return shared.given[0][row_at(r)]; });
       }
     }
   }
@@ -357,16 +361,28 @@ int launch_select_tiles(const TileParams& params, Element element, cudaStream_t 
       int error = launch(shift_kernel<E>, 1, kShiftThreads, sizeof(ShiftShared), stream, params);
       if (error) return error;
       switch (params.products) {
-        case Products::BFloat16: error = pack<E, __nv_bfloat16>(params, stream); break;
-        case Products::Float16: error = pack<E, __half>(params, stream); break;
-        default: error = pack<E, float>(params, stream);
+        case Products::BFloat16:
+          error = pack<E, __nv_bfloat16>(params, stream);
+          break;
+        case Products::Float16:
+          error = pack<E, __half>(params, stream);
+          break;
+        default:
+          error = pack<E, float>(params, stream);
       }
       if (error) return error;
       switch (params.products) {
-        case Products::BFloat16: error = tiles<Products::BFloat16>(params, stream); break;
-        case Products::Float16: error = tiles<Products::Float16>(params, stream); break;
-        case Products::TF32: error = tiles<Products::TF32>(params, stream); break;
-        default: error = tiles<Products::Float32>(params, stream);
+        case Products::BFloat16:
+          error = tiles<Products::BFloat16>(params, stream);
+          break;
+        case Products::Float16:
+          error = tiles<Products::Float16>(params, stream);
+          break;
+        case Products::TF32:
+          error = tiles<Products::TF32>(params, stream);
+          break;
+        default:
+          error = tiles<Products::Float32>(params, stream);
       }
       if (error) return error;
       return launch(finish_kernel, after, kPackWarps * kWarp, 0, stream, params);

@@ -13,9 +13,9 @@
 
 namespace triplet_ext {
 
-constexpr int kTile = int(kTileRows);       // rows and columns of a tile
-constexpr int kChunk = int(kTileChunk);     // bytes of a row a stage
-constexpr int kUnits = kChunk / 16;         // 16-byte units of that
+constexpr int kTile = int(kTileRows);    // rows and columns of a tile
+constexpr int kChunk = int(kTileChunk);  // bytes of a row a stage
+constexpr int kUnits = kChunk / 16;      // 16-byte units of that
 constexpr int kStages = 4;
 constexpr int kTileThreads = 256;
 constexpr int kBand = 8;
@@ -167,7 +167,8 @@ __device__ __forceinline__ void walk_tiles(const TileParams& params, TileStages&
         uint32_t b[kColumnFragments / 2][4];
 #pragma unroll
         for (int n = 0; n < kColumnFragments / 2; ++n)
-          ldmatrix_x4(b[n], b_rows + place_of(warp_column + n * 16 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+          ldmatrix_x4(b[n],
+                      b_rows + place_of(warp_column + n * 16 + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
 #pragma unroll
         for (int m = 0; m < kRowFragments; ++m) {
           uint32_t a[4];

@@ -515,7 +515,8 @@ __global__ void __launch_bounds__(kThreads, 2) gather_kernel(GatherParams params
   }
   if (params.keys) {
     const int64_t entries = total - implied;
-    const int64_t begin = first_of(params.keys, entries, row, lane), end = first_of(params.keys, entries, row + 1, lane);
+    const int64_t begin = first_of(params.keys, entries, row, lane),
+                  end = first_of(params.keys, entries, row + 1, lane);
     for (int64_t e = begin; e < end; e += kWarp) {
       const bool has = e + lane < end;
       take(has, has ? params.order[e + lane] + implied : 0);

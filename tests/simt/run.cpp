@@ -69,8 +69,13 @@ Matrix matrix(const std::string& name) {
 }
 
 Measure measure() {
-  return {number("margin"),        number("p"),         number("eps"), Distance(integer("distance")),
-          integer("swap") != 0, integer("soft") != 0, 0};
+  return {number("margin"),
+          number("p"),
+          number("eps"),
+          Distance(integer("distance")),
+          integer("swap") != 0,
+          integer("soft") != 0,
+          0};
 }
 
 Element element() { return Element(integer("element")); }
@@ -102,7 +107,8 @@ TripletParams triplets() {
 
 void norms(const Matrix& x, Room& unit, int64_t at, int64_t total) {
   const int64_t size = int64_t(accumulator());
-  check(launch_norms({x, integer("depth"), unit.data + at * size, unit.data + (total + at) * size}, element(), nullptr));
+  check(
+      launch_norms({x, integer("depth"), unit.data + at * size, unit.data + (total + at) * size}, element(), nullptr));
 }
 
 // Forward and backward of the triplets.
@@ -198,8 +204,10 @@ struct Side {
     std::stable_sort(order.begin(), order.end(), [&](int64_t l, int64_t m) { return given[l] < given[m]; });
     std::sort(labels.begin(), labels.end());
     auto* const low = reinterpret_cast<int32_t*>(range.data);
-    params = {x, labels.data(), order.data(), inverse, lack, x.rows, padded(x), packed.data,
-              reinterpret_cast<float*>(bias.data), finite.data, low, low + padded(x)};
+    params = {x,           labels.data(), order.data(),
+              inverse,     lack,          x.rows,
+              padded(x),   packed.data,   reinterpret_cast<float*>(bias.data),
+              finite.data, low,           low + padded(x)};
   }
 };
 
@@ -223,7 +231,8 @@ void selection() {
     lack_r = unit_r.data + r.rows * acc;
   }
   if (!has("products")) {
-    check(launch_select_pairs({x, r, y, z, depth, offset, inverse_x, lack_x, inverse_r, lack_r, p, n}, element(), nullptr));
+    check(launch_select_pairs({x, r, y, z, depth, offset, inverse_x, lack_x, inverse_r, lack_r, p, n}, element(),
+                              nullptr));
   } else {
     const auto products = Products(integer("products"));
     const int64_t width = products == Products::Float32 || products == Products::TF32 ? 4 : 2;

@@ -120,6 +120,7 @@ struct Fiber {
   Sync* sync;
 
   std::vector<Pending> copies;
+  size_t copied;  // of those
   int committed;
 
   void* tsan;
@@ -300,7 +301,9 @@ Fiber* waits_for(const Fiber& fiber) {
 }
 
 void leave(Fiber& fiber) {
-  if (!fiber.copies.empty()) fail(fiber.copies[0].where, "a copy that no cp_async_wait waited for when the thread exited");
+  if (!fiber.copies.empty()) {
+    fail(fiber.copies[fiber.copied].where, "cp_async_16 without a cp_async_wait before the thread exits");
+  }
   if (s.waiting > 0) {
     fail(s.barrier, "divergent __syncthreads: %d threads wait here while another exits", s.waiting);
   }
@@ -338,6 +341,7 @@ void map_stack(Fiber& fiber) {
 void start(Fiber& fiber, int index) {
   fiber.index = index;
   fiber.state = kReady;
+  fiber.copied = 0;
   fiber.committed = 0;
   fiber.fake_stack = nullptr;
   {
@@ -675,6 +679,7 @@ void atomic(const volatile void* p) {
     __tsan_switch_to_fiber(fiber.tsan, kNoSync);
   }
   if (std::find(fiber.touched.begin(), fiber.touched.end(), address) == fiber.touched.end()) {
+    const Quiet quiet;
     fiber.touched.push_back(address);
   }
 }
@@ -727,6 +732,7 @@ void begin_copy(void* to, const void* from, Where where) {
   copy.from = from;
   copy.group = fiber.committed;
   copy.where = where;
+  const Quiet quiet;
   fiber.copies.push_back(copy);
 }
 
@@ -734,14 +740,16 @@ void commit_copies(Where where) { ++running(where).committed; }
 
 bool next_copy(int pending, Copy* copy, Where where) {
   Fiber& fiber = running(where);
-  for (size_t i = 0; i < fiber.copies.size(); ++i) {
-    if (fiber.copies[i].group >= fiber.committed - pending) break;
-    copy->to = fiber.copies[i].to;
-    copy->from = fiber.copies[i].from;
-    fiber.copies.erase(fiber.copies.begin() + i);
-    return true;
+  if (fiber.copied == fiber.copies.size()) return false;
+  const Pending& next = fiber.copies[fiber.copied];
+  if (next.group >= fiber.committed - pending) return false;
+  copy->to = next.to;
+  copy->from = next.from;
+  if (++fiber.copied == fiber.copies.size()) {
+    fiber.copies.clear();
+    fiber.copied = 0;
   }
-  return false;
+  return true;
 }
 
 cudaError_t run(void (*body)(const void*), const void* context, const void* kernel, dim3 grid, unsigned threads,

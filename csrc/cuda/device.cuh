@@ -83,7 +83,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t sha
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, threads, shared_bytes, stream> > >(P(args)...);
+  kernel<<<grid, threads, shared_bytes, stream>>>(P(args)...);
   return cudaGetLastError();
 }
 

@@ -95,7 +95,7 @@ struct TileSide {
   const void *inverse, *lack;  // as in SelectParams
   int64_t count, padded;       // padded: a multiple of kTileRows
   void* packed;                // [padded, packed_bytes]
-  float* bias;                 // [padded] half the squared norm of the packed row, large in the padding
+  float* bias;                 // [padded] minus half the squared norm of the packed row, far below in the padding
   uint8_t* finite;             // [count] given
   int32_t *low, *high;         // [padded] of an anchor: where its label's references begin and end, packed
 };

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kPackWarps* kWarp) pack_kernel(TileParams para
   for (int64_t k = lane; k < params.packed_bytes / int64_t(sizeof(O)); k += kWarp)
     put(to + k, finite ? moved(k) : 0.0f);
   if (lane != 0) return;
-  side.bias[packed] = real ? (finite ? (square + lack) / 2 : 0.0f) : kHidden;
+  side.bias[packed] = real ? (finite ? -(square + lack) / 2 : 0.0f) : -kHidden;
   if (real) {
     side.finite[given] = finite;
     if (!finite) atomicAdd(params.not_finite, 1u);

@@ -125,14 +125,15 @@ __device__ __forceinline__ void walk_tiles(const TileParams& params, TileStages&
     const unsigned char* const from[2] = {
         static_cast<const unsigned char*>(params.x.packed) + i * kTile * params.packed_bytes,
         static_cast<const unsigned char*>(params.r.packed) + j * kTile * params.packed_bytes};
-    // A thread copies unit `thread % kUnits` of two rows of each side.
+    // A thread copies one unit of two rows of each side.
     const auto fetch = [&](int64_t chunk) {
       if (chunk < chunks) {
         const int unit = thread % kUnits;
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
 #pragma unroll
-          for (int row = thread / kUnits; row < kTile; row += kTileThreads / kUnits) {
+          for (int part = 0; part < kTile * kUnits / kTileThreads; ++part) {
+            const int row = thread / kUnits + part * (kTileThreads / kUnits);
             cp_async_16(stages.rows[chunk % kStages][side] + place_of(row, unit),
                         from[side] + row * params.packed_bytes + chunk * kChunk + unit * 16);
           }
@@ -154,8 +155,8 @@ __device__ __forceinline__ void walk_tiles(const TileParams& params, TileStages&
       for (int n = 0; n < kColumnFragments; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          values[m][n][e] = -(stages.bias[0][warp_row + m * 16 + lane / 4 + e / 2 * 8] +
-                              stages.bias[1][warp_column + n * 8 + lane % 4 * 2 + e % 2]);
+          values[m][n][e] = stages.bias[0][warp_row + m * 16 + lane / 4 + e / 2 * 8] +
+                            stages.bias[1][warp_column + n * 8 + lane % 4 * 2 + e % 2];
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // the chunk is there for all; and all are done with the stage that is fetched into next

@@ -15,8 +15,8 @@ using namespace triplet_ext;
 
 namespace {
 
-#define CHECK(...)                                                                       \
-  do {                                                                                   \
+#define CHECK(...)                                                                        \
+  do {                                                                                    \
     if (!(__VA_ARGS__)) printf("%s:%d: %s\n", __FILE__, __LINE__, #__VA_ARGS__), exit(1); \
   } while (0)
 
@@ -422,7 +422,8 @@ unsigned short nearest(double x, unsigned short infinity, double (*value)(unsign
   if (std::isinf(x)) return (unsigned short)(sign | infinity);
   const double below = value((unsigned short)low);
   // Infinity stands for the power of two that would follow.
-  const double above = high == infinity ? below + (below - value((unsigned short)(low - 1))) : value((unsigned short)high);
+  const double above =
+      high == infinity ? below + (below - value((unsigned short)(low - 1))) : value((unsigned short)high);
   const double down = magnitude - below, up = above - magnitude;
   return (unsigned short)(sign | (down < up || (down == up && low % 2 == 0) ? low : high));
 }

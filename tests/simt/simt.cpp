@@ -124,7 +124,7 @@ struct Fiber {
   int committed;
 
   void* tsan;
-  void* fenced;  // a TSan fiber that knows what this one knew at its last fence
+  void* fenced;                // a TSan fiber that knows what this one knew at its last fence
   std::vector<void*> touched;  // by atomics since then
 
   char* stack;
@@ -177,9 +177,9 @@ void shuffle_all(std::vector<T>& items) {
 
 // --- errors -----------------------------------------------------------------------------------------------------
 
-const char* const kNames[] = {"__syncwarp",    "__shfl_sync",      "__shfl_xor_sync",   "__shfl_up_sync",
-                              "__shfl_down_sync", "__ballot_sync", "__any_sync",        "__all_sync",
-                              "ldmatrix_x4",   "mma_m16n8k16_bf16", "mma_m16n8k16_f16", "mma_m16n8k8_tf32"};
+const char* const kNames[] = {"__syncwarp",       "__shfl_sync",       "__shfl_xor_sync",  "__shfl_up_sync",
+                              "__shfl_down_sync", "__ballot_sync",     "__any_sync",       "__all_sync",
+                              "ldmatrix_x4",      "mma_m16n8k16_bf16", "mma_m16n8k16_f16", "mma_m16n8k8_tf32"};
 
 [[noreturn]] __attribute__((format(printf, 2, 3))) void fail(Where where, const char* format, ...) {
   fflush(stdout);
@@ -194,8 +194,11 @@ const char* const kNames[] = {"__syncwarp",    "__shfl_sync",      "__shfl_xor_s
     const char* name = dladdr(s.kernel, &info) && info.dli_saddr == s.kernel ? info.dli_sname : nullptr;
     char* readable = name ? abi::__cxa_demangle(name, nullptr, nullptr, nullptr) : nullptr;
     fprintf(stderr, "  kernel %s launched at %s:%d, block (%u, %u, %u), thread %d (warp %d, lane %d), seed %llu\n",
-            readable ? readable : name ? name : "?", s.where.file, s.where.line, blockIdx.x, blockIdx.y, blockIdx.z,
-            current->index, current->index / kWarp, current->index % kWarp, (unsigned long long)seed);
+            readable ? readable
+            : name   ? name
+                     : "?",
+            s.where.file, s.where.line, blockIdx.x, blockIdx.y, blockIdx.z, current->index, current->index / kWarp,
+            current->index % kWarp, (unsigned long long)seed);
   }
   abort();
 }
@@ -413,10 +416,14 @@ void multiply(Kind kind, Lane* const (&lanes)[kWarp]) {
 int source_of(Kind kind, const Lane& lane, int l) {
   const int first = l & ~(lane.width - 1), end = first + lane.width;
   switch (kind) {
-    case kShuffle: return first + (lane.lane & (lane.width - 1));
-    case kShuffleXor: return (l ^ lane.lane) < end ? l ^ lane.lane : l;
-    case kShuffleUp: return l - lane.lane >= first ? l - lane.lane : l;
-    default: return l + lane.lane < end ? l + lane.lane : l;
+    case kShuffle:
+      return first + (lane.lane & (lane.width - 1));
+    case kShuffleXor:
+      return (l ^ lane.lane) < end ? l ^ lane.lane : l;
+    case kShuffleUp:
+      return l - lane.lane >= first ? l - lane.lane : l;
+    default:
+      return l + lane.lane < end ? l + lane.lane : l;
   }
 }
 
@@ -428,7 +435,8 @@ void complete(const Group& group, Lane* const (&lanes)[kWarp]) {
     if (group.mask >> l & 1 && lanes[l]->value) votes |= 1u << l;
   }
   switch (group.kind) {
-    case kSyncWarp: return;
+    case kSyncWarp:
+      return;
     case kLdmatrix: {
       uint32_t rows[kWarp][4];
       for (int l = 0; l < kWarp; ++l) {
@@ -441,7 +449,8 @@ void complete(const Group& group, Lane* const (&lanes)[kWarp]) {
     }
     case kMmaBf16:
     case kMmaF16:
-    case kMmaTf32: return multiply(group.kind, lanes);
+    case kMmaTf32:
+      return multiply(group.kind, lanes);
     case kBallot:
     case kAny:
     case kAll:
@@ -522,9 +531,12 @@ void meet(Kind kind, unsigned mask, Where where, Lane& lane) {
 void order(std::vector<Fiber*>& fibers) {
   const auto lower = [](const Fiber* x, const Fiber* y) { return x->index < y->index; };
   switch (random_bits() >> 62) {
-    case 0: return std::sort(fibers.begin(), fibers.end(), lower);
-    case 1: return std::sort(fibers.rbegin(), fibers.rend(), lower);
-    default: return shuffle_all(fibers);
+    case 0:
+      return std::sort(fibers.begin(), fibers.end(), lower);
+    case 1:
+      return std::sort(fibers.rbegin(), fibers.rend(), lower);
+    default:
+      return shuffle_all(fibers);
   }
 }
 

@@ -87,8 +87,20 @@ extern uint64_t seed;
 // How many blocks ran, and how often a thread was switched to.
 extern uint64_t blocks_run, switches;
 
-enum Kind { kSyncWarp, kShuffle, kShuffleXor, kShuffleUp, kShuffleDown, kBallot, kAny, kAll, kLdmatrix, kMmaBf16, kMmaF16,
-            kMmaTf32 };
+enum Kind {
+  kSyncWarp,
+  kShuffle,
+  kShuffleXor,
+  kShuffleUp,
+  kShuffleDown,
+  kBallot,
+  kAny,
+  kAll,
+  kLdmatrix,
+  kMmaBf16,
+  kMmaF16,
+  kMmaTf32
+};
 
 struct Copy {
   void* to;
@@ -252,8 +264,8 @@ inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
 inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll((unsigned long long)x); }
 
-#define SIMT_MIN_MAX(T)                                 \
-  inline T min(T x, T y) { return y < x ? y : x; }      \
+#define SIMT_MIN_MAX(T)                            \
+  inline T min(T x, T y) { return y < x ? y : x; } \
   inline T max(T x, T y) { return x < y ? y : x; }
 SIMT_MIN_MAX(int)
 SIMT_MIN_MAX(unsigned)

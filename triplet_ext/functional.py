@@ -131,8 +131,8 @@ def mined_triplet_loss(
 ) -> Tensor:
     """The triplet loss of the triplets that a strategy mines from a batch, in linear memory.
 
-    Anchors that lack a positive or a negative have no triplet and do not count. The selection is exact (see
-    :func:`triplet_ext.mine`); the loss is measured on the selected pairs in float32 (float64 for float64).
+    Anchors that lack a positive or a negative have no triplet and do not count. For the selection's precision see
+    :func:`triplet_ext.mine`; the loss is measured on the selected pairs in float32 (float64 for float64).
 
     Args:
         embeddings: [B, D], float32, float64, float16 or bfloat16, any strides.

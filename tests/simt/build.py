@@ -52,11 +52,12 @@ def link(mode: str, out: pathlib.Path, names: list[str], target: pathlib.Path) -
     return target
 
 
-def build(mode: str, out: pathlib.Path, main: str = "run.cpp", cuda: pathlib.Path = CUDA) -> pathlib.Path:
-    """The program of `main` with every kernel, in one of the three modes."""
-    names = [*(sorted(path.name for path in cuda.glob("*.cu"))), main, "simt.cpp"]
+def build(mode: str, out: pathlib.Path, main: str = "run.cpp", cuda: pathlib.Path | None = CUDA) -> pathlib.Path:
+    """The program of `main` with every kernel of `cuda`, in one of the three modes."""
+    kernels = sorted(path.name for path in cuda.glob("*.cu")) if cuda else []
+    names = [*kernels, main, "simt.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(call, objects(mode, out, cuda, names)))
+        list(pool.map(call, objects(mode, out, cuda or HERE, names)))
     return link(mode, out, names, out / f"{mode}-{pathlib.Path(main).stem}")
 
 

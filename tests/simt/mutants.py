@@ -57,7 +57,7 @@ def mutants() -> list[Mutant]:
             if match[2]:
                 changes.append((f"{match[0][:-1]} waits for one group less", f"cp_async_wait<({match[2]}) + 1>();"))
             for what, instead in changes:
-                changed = text[: match.start()] + (instead or ";") + text[match.end() :]
+                changed = text[: match.start()] + (instead or "{}") + text[match.end() :]
                 found.append(Mutant(path.name, text.count("\n", 0, match.start()) + 1, what, changed))
     return found
 

@@ -177,7 +177,8 @@ void shuffle_all(std::vector<T>& items) {
 
 // --- errors -----------------------------------------------------------------------------------------------------
 
-const char* const kNames[] = {"__syncwarp",       "__shfl_sync",       "__shfl_xor_sync",  "__shfl_up_sync",
+const char* const kNames[] = {// of Kind
+                              "__syncwarp",       "__shfl_sync",       "__shfl_xor_sync",  "__shfl_up_sync",
                               "__shfl_down_sync", "__ballot_sync",     "__any_sync",       "__all_sync",
                               "ldmatrix_x4",      "mma_m16n8k16_bf16", "mma_m16n8k16_f16", "mma_m16n8k8_tf32"};
 
@@ -568,7 +569,7 @@ void renew_shared() {
 // A new TSan fiber that gets a dead one's number passes for it, and its clock would order everything behind the dead
 // one's accesses: races between blocks are seen as long as the fibers of both are kept.
 void retire(void* fiber) {
-  static const uint64_t limit = variable("SIMT_TSAN_FIBERS", 2048);
+  static const uint64_t limit = variable("SIMT_TSAN_FIBERS", 1024);
   s.retired.push_back(fiber);
   while (s.retired.size() > limit) {
     __tsan_destroy_fiber(s.retired.front());

@@ -4,6 +4,7 @@ shared memory that holds NaN; under ThreadSanitizer; under AddressSanitizer and 
 from __future__ import annotations
 
 import os
+import subprocess
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -40,3 +41,14 @@ def test_kernels(outcomes, case):
     if case not in outcomes:
         pytest.skip("differs from other cases in its numbers only")
     outcomes[case].result()
+
+
+@pytest.mark.parametrize("mode", build.MODES)
+def test_the_shim_itself(mode, tmp_path):
+    """What it must let pass, and what it must report: small kernels that are right, or wrong in one way each."""
+    program = build.build(mode, tmp_path, "selftest.cpp", None)
+    environment = {**os.environ, **build.ENVIRONMENT}
+    done = subprocess.run(
+        build.command(program, mode), env=environment, capture_output=True, text=True, errors="replace", check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

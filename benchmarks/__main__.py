@@ -79,7 +79,7 @@ def dumps(results: dict[str, Any]) -> str:
 
 
 def _newest(folder: Path) -> Path:
-    found = sorted(folder.glob("*.json"), key=lambda path: json.loads(path.read_text())["date"])
+    found = sorted(folder.glob("cpu*.json"), key=lambda path: json.loads(path.read_text())["date"])
     if not found:
         raise SystemExit(f"{folder} holds no results yet: run python -m benchmarks")
     return found[-1]

@@ -10,6 +10,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "../ops.h"
 #include "../options.h"
@@ -58,6 +61,21 @@ int multiprocessors() {
   return count;
 }
 
+// A counter that is zero and that kernels leave at zero: one a stream, so that no call has to clear one. A graph that
+// is being captured gets its own, cleared at each replay: it may run beside its stream. Never freed: the driver may be
+// gone before static objects are.
+at::Tensor ticket(const at::TensorOptions& integers) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& counters = *new std::map<std::pair<int, cudaStream_t>, at::Tensor>;
+  cudaStreamCaptureStatus capturing;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(stream(), &capturing));
+  if (capturing != cudaStreamCaptureStatusNone) return at::zeros({1}, integers);
+  const std::lock_guard<std::mutex> lock(mutex);
+  at::Tensor& counter = counters[{integers.device().index(), stream()}];
+  if (!counter.defined()) counter = at::zeros({1}, integers);
+  return counter;
+}
+
 Loss forward(TripletForwardParams params, const at::Tensor& like) {
   const auto acc = like.options().dtype(accumulation_type(like));
   const bool none = params.reduction == Reduction::None;
@@ -65,13 +83,16 @@ Loss forward(TripletForwardParams params, const at::Tensor& like) {
   at::Tensor distances = at::empty({params.measure.swap ? 3 : 2, params.count}, acc);
   at::Tensor stats = at::empty({kStats}, like.options().dtype(at::kDouble));
   const at::Tensor partial = at::empty({triplet_blocks(params.count), kStats}, stats.options());
-  const int64_t words = params.a ? (params.anchor.rows + 31) / 32 : 0;
-  const at::Tensor zeros = at::zeros({1 + words}, like.options().dtype(at::kInt));
+  const auto integers = like.options().dtype(at::kInt);
+  at::Tensor met;
+  if (params.a) met = at::zeros({(params.anchor.rows + 31) / 32}, integers);
+  const at::Tensor counter = ticket(integers);
   params.distances = distances.mutable_data_ptr();
   params.loss = loss.mutable_data_ptr();
   params.stats = stats.mutable_data_ptr<double>();
   params.partial = partial.mutable_data_ptr<double>();
-  params.zeros = reinterpret_cast<unsigned*>(zeros.mutable_data_ptr<int32_t>());
+  params.ticket = reinterpret_cast<unsigned*>(counter.mutable_data_ptr<int32_t>());
+  params.met = params.a ? reinterpret_cast<unsigned*>(met.mutable_data_ptr<int32_t>()) : nullptr;
   check(launch_triplet_forward(params, element_of(like), stream()), "triplet_forward");
   return {loss, distances, stats};
 }

@@ -31,10 +31,11 @@ struct TripletParams {
 };
 
 struct TripletForwardParams : TripletParams {
-  void* loss;       // acc [], with Reduction::None [T]
-  double* stats;    // [kStats]
-  double* partial;  // [triplet_blocks(T), kStats]
-  unsigned* zeros;  // [1 + (anchor.rows + 31) / 32 if a], zero: a ticket, and the anchors met
+  void* loss;        // acc [], with Reduction::None [T]
+  double* stats;     // [kStats]
+  double* partial;   // [triplet_blocks(T), kStats]
+  unsigned* ticket;  // [1], zero before, and zero again afterwards
+  unsigned* met;     // [(anchor.rows + 31) / 32], zero before; null where a is
 };
 
 struct TripletBackwardParams : TripletParams {

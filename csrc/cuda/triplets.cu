@@ -144,7 +144,6 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
   const int64_t begin = blockIdx.x * per_block;
   const int64_t end = begin + per_block < params.count ? begin + per_block : params.count;
   T* const distances = static_cast<T*>(params.distances);
-  unsigned* const met = params.zeros + 1;
 
   double sums[kSums] = {};
   for (int64_t t = begin + warp; t < end; t += kWarps) {
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
     distances[params.count + t] = d.an;
     if (measure.swap) distances[2 * params.count + t] = d.pn;
     if (params.reduction == Reduction::None) static_cast<T*>(params.loss)[t] = loss;
-    if (params.a && ia >= 0 && ia < params.anchor.rows) atomicOr(met + ia / 32, 1u << (ia % 32));
+    if (params.a && ia >= 0 && ia < params.anchor.rows) atomicOr(params.met + ia / 32, 1u << (ia % 32));
   }
   if (lane == 0)
     for (int i = 0; i < kSums; ++i) shared.sums[warp][i] = sums[i];
@@ -199,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();  // what this block wrote before the ticket that tells of it
-    shared.last = atomicAdd(params.zeros, 1u) == gridDim.x - 1;
+    shared.last = atomicAdd(params.ticket, 1u) == gridDim.x - 1;
     __threadfence();  // what the other blocks wrote before their tickets
   }
   __syncthreads();
@@ -211,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
     if (i < kSums) {
       for (int64_t b = threadIdx.x; b < gridDim.x; b += kThreads) sum += params.partial[b * kSums + i];
     } else {
-      for (int64_t w = threadIdx.x; w < words; w += kThreads) sum += __popc(peek(met + w));
+      for (int64_t w = threadIdx.x; w < words; w += kThreads) sum += __popc(peek(params.met + w));
     }
     shared.total[threadIdx.x] = sum;
     __syncthreads();
@@ -223,6 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
     __syncthreads();  // read by all before the next sum is written
   }
   if (threadIdx.x != 0) return;
+  atomicExch(params.ticket, 0u);  // for the next launch
   params.stats[kAnchors] = params.a ? result[kSums] : result[kSumTriplets];
   params.stats[kTriplets] = result[kSumTriplets];
   params.stats[kActive] = result[kSumActive];

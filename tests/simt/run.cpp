@@ -82,6 +82,11 @@ Element element() { return Element(integer("element")); }
 size_t accumulator() { return element() == Element::Float64 ? 8 : 4; }
 size_t size_of_element() { return element() == Element::Float64 ? 8 : element() == Element::Float32 ? 4 : 2; }
 
+void fail(const char* what) {
+  fprintf(stderr, "%s\n", what);
+  exit(4);
+}
+
 void check(int error) {
   if (error == 0) return;
   fprintf(stderr, "a launch failed: %d\n", error);
@@ -118,15 +123,17 @@ void losses() {
   const bool none = params.reduction == Reduction::None;
   Room loss((none ? count : 1) * acc), distances((params.measure.swap ? 3 : 2) * count * acc), stats(8 * kStats);
   Room partial(triplet_blocks(count) * kStats * 8);
-  Room zeros(4 * (1 + (params.a ? (params.anchor.rows + 31) / 32 : 0)), 0);
+  Room ticket(4, 0), met(params.a ? 4 * ((params.anchor.rows + 31) / 32) : 0, 0);
   TripletForwardParams forward{};
   static_cast<TripletParams&>(forward) = params;
   forward.distances = distances.data;
   forward.loss = loss.data;
   forward.stats = reinterpret_cast<double*>(stats.data);
   forward.partial = reinterpret_cast<double*>(partial.data);
-  forward.zeros = reinterpret_cast<unsigned*>(zeros.data);
+  forward.ticket = reinterpret_cast<unsigned*>(ticket.data);
+  forward.met = reinterpret_cast<unsigned*>(met.data);
   check(launch_triplet_forward(forward, element(), nullptr));
+  if (*forward.ticket != 0) return fail("the ticket was not handed back");
   put("loss", loss);
   put("distances", distances);
   put("stats", stats);

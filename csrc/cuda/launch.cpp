@@ -10,9 +10,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <map>
-#include <mutex>
-#include <utility>
 
 #include "../ops.h"
 #include "../options.h"
@@ -54,45 +51,36 @@ const int64_t* index_of(const at::Tensor& x) { return x.const_data_ptr<int64_t>(
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
-int multiprocessors() {
-  int device = 0, count = 0;
+// Blocks of the tiles' kernel that run at once: two a multiprocessor where their shared memory fits.
+int resident_blocks() {
+  int device = 0, count = 0, shared = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  constexpr int kEach = 72 << 10;
+  return count * (shared >= 2 * kEach ? 2 : 1);
 }
 
-// A counter that is zero and that kernels leave at zero: one a stream, so that no call has to clear one. A graph that
-// is being captured gets its own, cleared at each replay: it may run beside its stream. Never freed: the driver may be
-// gone before static objects are.
-at::Tensor ticket(const at::TensorOptions& integers) {
-  static std::mutex& mutex = *new std::mutex;
-  static auto& counters = *new std::map<std::pair<int, cudaStream_t>, at::Tensor>;
-  cudaStreamCaptureStatus capturing;
-  C10_CUDA_CHECK(cudaStreamIsCapturing(stream(), &capturing));
-  if (capturing != cudaStreamCaptureStatusNone) return at::zeros({1}, integers);
-  const std::lock_guard<std::mutex> lock(mutex);
-  at::Tensor& counter = counters[{integers.device().index(), stream()}];
-  if (!counter.defined()) counter = at::zeros({1}, integers);
-  return counter;
-}
-
-Loss forward(TripletForwardParams params, const at::Tensor& like) {
+Loss forward(TripletForwardParams params, const at::Tensor& like, bool indexed) {
   const auto acc = like.options().dtype(accumulation_type(like));
   const bool none = params.reduction == Reduction::None;
   at::Tensor loss = none ? at::empty({params.count}, acc) : at::empty({}, acc);
   at::Tensor distances = at::empty({params.measure.swap ? 3 : 2, params.count}, acc);
   at::Tensor stats = at::empty({kStats}, like.options().dtype(at::kDouble));
-  const at::Tensor partial = at::empty({triplet_blocks(params.count), kStats}, stats.options());
-  const auto integers = like.options().dtype(at::kInt);
+  // The ticket lies behind the sums, and is cleared by the copy engine: a launch less.
+  const int64_t sums = triplet_blocks(params.count) * kStats;
+  const at::Tensor partial = at::empty({sums + 1}, stats.options());
+  params.partial = partial.mutable_data_ptr<double>();
+  params.ticket = reinterpret_cast<unsigned*>(params.partial + sums);
+  C10_CUDA_CHECK(cudaMemsetAsync(params.ticket, 0, sizeof(double), stream()));
   at::Tensor met;
-  if (params.a) met = at::zeros({(params.anchor.rows + 31) / 32}, integers);
-  const at::Tensor counter = ticket(integers);
+  if (indexed && !params.mined) {
+    met = at::zeros({(params.anchor.rows + 31) / 32 + 1}, like.options().dtype(at::kInt));
+    params.met = reinterpret_cast<unsigned*>(met.mutable_data_ptr<int32_t>());
+  }
   params.distances = distances.mutable_data_ptr();
   params.loss = loss.mutable_data_ptr();
   params.stats = stats.mutable_data_ptr<double>();
-  params.partial = partial.mutable_data_ptr<double>();
-  params.ticket = reinterpret_cast<unsigned*>(counter.mutable_data_ptr<int32_t>());
-  params.met = params.a ? reinterpret_cast<unsigned*>(met.mutable_data_ptr<int32_t>()) : nullptr;
   check(launch_triplet_forward(params, element_of(like), stream()), "triplet_forward");
   return {loss, distances, stats};
 }
@@ -194,15 +182,28 @@ struct Side {
   }
 };
 
-Products products_of(const at::Tensor& x, bool cosine) {
-  const auto precision = at::globalContext().float32MatmulPrecision();
-  if (x.scalar_type() != at::kFloat) {
-    if (cosine) return Products::TF32;  // unit rows have more bits than the type
-    return x.scalar_type() == at::kHalf ? Products::Float16 : Products::BFloat16;
+// Of float32 rows, as torch multiplies them.
+Products float32_products() {
+  const auto& context = at::globalContext();
+  try {
+    switch (context.float32MatmulPrecision()) {
+      case at::Float32MatmulPrecision::HIGHEST:
+        return Products::Float32;
+      case at::Float32MatmulPrecision::HIGH:
+        return Products::TF32;
+      default:
+        return Products::BFloat16;
+    }
+  } catch (const c10::Error&) {  // refuses to say where torch.backends.*.fp32_precision was set
+    const auto precision = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+    return precision == at::Float32Precision::TF32 ? Products::TF32 : Products::Float32;
   }
-  return precision == at::Float32MatmulPrecision::HIGHEST ? Products::Float32
-         : precision == at::Float32MatmulPrecision::HIGH  ? Products::TF32
-                                                          : Products::BFloat16;
+}
+
+Products products_of(const at::Tensor& x, bool cosine) {
+  if (x.scalar_type() == at::kFloat) return float32_products();
+  if (cosine) return Products::TF32;  // unit rows have more bits than the type
+  return x.scalar_type() == at::kHalf ? Products::Float16 : Products::BFloat16;
 }
 
 void select_tiles(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& references, const at::Tensor& z,
@@ -230,7 +231,7 @@ void select_tiles(const at::Tensor& x, const at::Tensor& y, const OptionalTensor
                           reinterpret_cast<unsigned*>(keys + 2 * x.size(0)),
                           positive,
                           negative,
-                          2 * multiprocessors()};
+                          resident_blocks()};
   check(launch_select_tiles(params, element_of(x), stream()), "select_tiles");
 }
 
@@ -243,7 +244,7 @@ Loss triplet_loss_cuda(const at::Tensor& anchor, const at::Tensor& positive, con
   const Measure measure{margin, p, eps, parse_distance(distance), swap, soft_margin, kSlopeAtZero};
   TripletForwardParams params{};
   static_cast<TripletParams&>(params) = explicit_params(anchor, positive, negative, measure, reduction);
-  return forward(params, anchor);
+  return forward(params, anchor, false);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> triplet_loss_backward_cuda(
@@ -273,7 +274,7 @@ Loss indexed_triplet_loss_cuda(const at::Tensor& embeddings, const OptionalTenso
   const Indexed indexed(embeddings, references, anchor, positive, negative, measure, reduction);
   TripletForwardParams params{};
   static_cast<TripletParams&>(params) = indexed.params;
-  return forward(params, embeddings);
+  return forward(params, embeddings, true);
 }
 
 std::tuple<at::Tensor, at::Tensor> indexed_triplet_loss_backward_cuda(
@@ -285,6 +286,9 @@ std::tuple<at::Tensor, at::Tensor> indexed_triplet_loss_backward_cuda(
   const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
   const Indexed indexed(embeddings, references, anchor, positive, negative, measure, reduction);
   const int64_t on_x = embeddings.size(0), on_r = references ? references->size(0) : 0;
+  constexpr int64_t kMostFeatures = int64_t(65535) * 32;  // what a grid can hold of single elements
+  TORCH_CHECK_VALUE(embeddings.size(1) <= kMostFeatures, "embeddings must have at most ", kMostFeatures,
+                    " features, got ", embeddings.size(1));
   GatherParams params{};
   static_cast<TripletParams&>(params) = indexed.params;
   const Gradient gradient(params, grad, distances, stats);

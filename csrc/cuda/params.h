@@ -23,7 +23,8 @@ struct Matrix {
 struct TripletParams {
   Matrix anchor, positive, negative;
   const int64_t *a, *p, *n;  // [T], may be null
-  bool mined;                // p or n may be -1: that anchor has no triplet; else an index out of range is NaN
+  // Triplet t is anchor t's, a is null, and where p or n is -1 that anchor has none. Else an index out of range is NaN.
+  bool mined;
   int64_t count, depth;
   Measure measure;
   Reduction reduction;
@@ -34,8 +35,8 @@ struct TripletForwardParams : TripletParams {
   void* loss;        // acc [], with Reduction::None [T]
   double* stats;     // [kStats]
   double* partial;   // [triplet_blocks(T), kStats]
-  unsigned* ticket;  // [1], zero before, and zero again afterwards
-  unsigned* met;     // [(anchor.rows + 31) / 32], zero before; null where a is
+  unsigned* ticket;  // [1], zero before
+  unsigned* met;     // [(anchor.rows + 31) / 32], zero before, of indexed triplets; null for others
 };
 
 struct TripletBackwardParams : TripletParams {
@@ -44,8 +45,8 @@ struct TripletBackwardParams : TripletParams {
   const double* stats;
 };
 
-// An entry e of the inverse index is triplet e % T in role e / T: 0 anchor (unless a is null: then every row is the
-// anchor of its own triplet, and entries begin at T), 1 positive, 2 negative. Its key is the row it belongs to, rows
+// An entry e of the inverse index is triplet e % T in role e / T: 0 anchor (not of mined triplets: every row is the
+// anchor of its own, and entries begin at T), 1 positive, 2 negative. Its key is the row it belongs to, rows
 // of the references following those of the embeddings where they are apart; -1 if there is none.
 struct KeyParams {
   TripletParams triplets;

@@ -19,13 +19,13 @@ constexpr int kSample = 64;
 constexpr int kShiftThreads = 256;
 constexpr int kPackWarps = 8;
 constexpr int kNone = 0x7fffffff;  // of an index
-// No value of a finite row is below kLeast; a row in the padding is.
-constexpr float kLeast = -1e36f, kHidden = 1e37f;
-constexpr float kMostSquare = 1e35f;  // so that no -d / 2 is below kLeast
+// No value, -d / 2, of finite rows is below kLeast; one with a row in the padding is, and even two of those are finite.
+constexpr float kLeast = -1e38f, kHidden = 1.5e38f;
+constexpr float kMostSquare = 4e37f;
 
 // Keys are ordered as the values are; 0 is below all of them.
 __device__ __forceinline__ unsigned long long key_of(float value, int index) {
-  const uint32_t bits = __float_as_uint(value);
+  const uint32_t bits = __float_as_uint(value + 0.0f);  // there is one zero
   const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
   return (unsigned long long)(ordered) << 32 | (0xffffffffu - unsigned(index));
 }
@@ -44,9 +44,9 @@ struct ShiftShared {
   float largest[kShiftThreads];
 };
 
-// A centre, and the scale that puts the sampled rows' largest element near 1. The centre need not be the mean: of each
-// feature it is the sampled value nearest to that, so that rows of few bits, integers say, stay exact. Half types are
-// multiplied as they are.
+// A centre, and a scale that brings the sampled rows' largest element down to about 1. The centre need not be the mean:
+// of each feature it is the sampled value nearest to that, so that rows of few bits, integers say, stay exact. Half
+// types are multiplied as they are.
 template <typename E>
 __global__ void __launch_bounds__(kShiftThreads) shift_kernel(TileParams params) {
   ShiftShared& shared = shared_memory<ShiftShared>();
@@ -85,8 +85,10 @@ __global__ void __launch_bounds__(kShiftThreads) shift_kernel(TileParams params)
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int t = 0; t < kShiftThreads; ++t) largest = fmaxf(largest, shared.largest[t]);
-  const float exponent = fminf(fmaxf(floorf(log2f(largest)), -100.0f), 100.0f);
-  params.shift[params.depth] = moves && largest > 0 && !inverse ? exp2f(-exponent) : 1.0f;
+  // Large rows are made smaller, for their squares to stay in range; small ones are not made larger, since a row that
+  // the sample has missed may be of any size.
+  const int exponent = int(fminf(fmaxf(floorf(log2f(largest)), 3.0f), 100.0f));
+  params.shift[params.depth] = moves && !inverse ? __uint_as_float(uint32_t(127 - exponent) << 23) : 1.0f;
 }
 
 __device__ __forceinline__ void put(float* to, float x) { *to = x; }
@@ -94,18 +96,18 @@ __device__ __forceinline__ void put(__half* to, float x) { *to = __float2half_rn
 __device__ __forceinline__ void put(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ float rounded(float x, bool tf32) {
   // To nearest, ties away from zero, as cvt.rna.tf32 does.
-  return tf32 ? __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u) : x;
+  return tf32 && is_finite(x) ? __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u) : x;
 }
 
 // The first label in [0, count) that is not below `label` (or, with `after`, that is above it).
-__device__ int bound_of(const int64_t* labels, int64_t count, int64_t label, bool after) {
+__device__ int64_t bound_of(const int64_t* labels, int64_t count, int64_t label, bool after) {
   int64_t low = 0, high = count;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (labels[middle] < label || (after && labels[middle] == label)) low = middle + 1;
     else high = middle;
   }
-  return int(low);
+  return low;
 }
 
 // A warp packs a row. O is the type that is multiplied.
@@ -139,17 +141,16 @@ __global__ void __launch_bounds__(kPackWarps* kWarp) pack_kernel(TileParams para
   O* const to = reinterpret_cast<O*>(static_cast<unsigned char*>(side.packed) + packed * params.packed_bytes);
   for (int64_t k = lane; k < params.packed_bytes / int64_t(sizeof(O)); k += kWarp)
     put(to + k, finite ? moved(k) : 0.0f);
+  if (anchors && lane < 2) {
+    const int64_t label = real ? side.labels[packed] : 0, none = params.r.count;
+    const int64_t at = real ? bound_of(params.r.labels, params.r.count, label, lane == 1) : none;
+    (lane == 0 ? side.low : side.high)[packed] = int(at);
+  }
   if (lane != 0) return;
   side.bias[packed] = real ? (finite ? -(square + lack) / 2 : 0.0f) : -kHidden;
-  if (real) {
-    side.finite[given] = finite;
-    if (!finite) atomicAdd(params.not_finite, 1u);
-  }
-  if (anchors) {
-    const int64_t label = real ? side.labels[packed] : 0;
-    side.low[packed] = real ? bound_of(params.r.labels, params.r.count, label, false) : int(params.r.count);
-    side.high[packed] = real ? bound_of(params.r.labels, params.r.count, label, true) : int(params.r.count);
-  }
+  if (!real) return;
+  side.finite[given] = finite;
+  if (!finite) atomicAdd(params.not_finite, 1u);
 }
 
 // --- the tiles ------------------------------------------------------------------------------------------------

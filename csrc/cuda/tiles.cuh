@@ -94,10 +94,11 @@ struct Multiply<Products::TF32> {
   }
 };
 // Float32 from three products: x = high + low, each with the bits that the tensor cores take; low x low is below
-// what float32 holds. The small products come first.
+// what float32 holds. `high` is rounded, or else what is left out would have one sign. The small products come first;
+// which of the two is first depends on who is the row, so that equal rows need not tie to the last bit.
 template <>
 struct Multiply<Products::Float32> {
-  static __device__ __forceinline__ uint32_t high(uint32_t x) { return x & 0xffffe000u; }
+  static __device__ __forceinline__ uint32_t high(uint32_t x) { return (x + 0x1000u) & 0xffffe000u; }
   static __device__ __forceinline__ uint32_t low(uint32_t x) {
     return __float_as_uint(__uint_as_float(x) - __uint_as_float(high(x)));
   }

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
   __syncthreads();
   if (!shared.last) return;
   double result[kSums + 1];
-  const int64_t words = params.a ? (params.anchor.rows + 31) / 32 : 0;
+  const int64_t words = params.met ? (params.anchor.rows + 31) / 32 : 0;
   for (int i = 0; i <= kSums; ++i) {
     double sum = 0;
     if (i < kSums) {
@@ -222,8 +222,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
     __syncthreads();  // read by all before the next sum is written
   }
   if (threadIdx.x != 0) return;
-  atomicExch(params.ticket, 0u);  // for the next launch
-  params.stats[kAnchors] = params.a ? result[kSums] : result[kSumTriplets];
+  params.stats[kAnchors] = params.met ? result[kSums] : result[kSumTriplets];
   params.stats[kTriplets] = result[kSumTriplets];
   params.stats[kActive] = result[kSumActive];
   params.stats[kPositiveDistance] = result[kSumPositive] / result[kSumTriplets];
@@ -367,15 +366,15 @@ __global__ void __launch_bounds__(kThreads) explicit_backward_kernel(ExplicitBac
 
 // The row that an entry of the inverse index belongs to, or -1.
 __device__ __forceinline__ int64_t key_of(const TripletParams& params, bool apart, int64_t entry) {
-  const int role = int(entry / params.count);
-  const int64_t t = entry % params.count;
+  const int role = int(entry >= params.count) + int(entry >= 2 * params.count);
+  const int64_t t = entry - role * params.count;
   const int64_t index = role == 0 ? params.a[t] : role == 1 ? params.p[t] : params.n[t];
   const bool inside = index >= 0 && index < (role == 0 ? params.anchor : params.positive).rows;
   return inside ? index + (role > 0 && apart ? params.anchor.rows : 0) : -1;
 }
 
 __global__ void __launch_bounds__(kThreads) key_kernel(KeyParams params) {
-  const int64_t implied = params.triplets.a ? 0 : params.triplets.count, total = 3 * params.triplets.count;
+  const int64_t implied = params.triplets.mined ? params.triplets.count : 0, total = 3 * params.triplets.count;
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t e = implied + int64_t(blockIdx.x) * kThreads + threadIdx.x; e < total; e += step)
     params.keys[e - implied] = int32_t(key_of(params.triplets, params.apart, e));
@@ -406,8 +405,8 @@ struct Entry {
 
 template <typename T>
 __device__ Entry<T> entry_of(const GatherParams& params, int64_t e, int64_t on_x) {
-  const int64_t t = e % params.count;
-  const int role = int(e / params.count);
+  const int role = int(e >= params.count) + int(e >= 2 * params.count);
+  const int64_t t = e - role * params.count;
   const int64_t ia = params.a ? params.a[t] : t, ip = params.p[t], in = params.n[t];
   Entry<T> entry;
   const bool there = ia >= 0 && ia < params.anchor.rows && ip >= 0 && ip < params.positive.rows && in >= 0 &&
@@ -430,10 +429,10 @@ __device__ Entry<T> entry_of(const GatherParams& params, int64_t e, int64_t on_x
     entry.distance[slot] = distance;
   };
   if (role < 2) add(0, role == 0 ? p : a, pulls.ap, pulls.d.ap);
-  if (role == 0 && !pulls.swapped) add(1, n, pulls.an, pulls.d.an);
+  if (role == 0 && pulls.straight_on) add(1, n, pulls.an, pulls.d.an);
   if (role == 1 && pulls.swapped) add(1, n, pulls.pn, pulls.d.pn);
+  if (role == 2 && pulls.straight_on) add(0, a, pulls.an, pulls.d.an);
   if (role == 2 && pulls.swapped) add(1, p, pulls.pn, pulls.d.pn);
-  if (role == 2 && !pulls.swapped) add(1, a, pulls.an, pulls.d.an);
   return entry;
 }
 
@@ -495,9 +494,9 @@ __global__ void __launch_bounds__(kThreads, 2) gather_kernel(GatherParams params
   };
 
   // The anchor's own entry comes first where it is implied, then the others in ascending order.
-  const int64_t implied = params.a ? 0 : params.count, total = 3 * params.count;
-  if (!params.a && of_x) {
-    if (params.mined && (params.p[row] < 0 || params.n[row] < 0)) {
+  const int64_t implied = params.mined ? params.count : 0, total = 3 * params.count;
+  if (params.mined && of_x) {
+    if (params.p[row] < 0 || params.n[row] < 0) {
       // No triplet; but a row that is not finite passes that on.
       T poison = 0, z[N];
       const Row<E, N> whole = find(row);
@@ -581,7 +580,7 @@ int launch_explicit_backward(const ExplicitBackwardParams& params, Element eleme
 }
 
 int launch_keys(const KeyParams& params, cudaStream_t stream) {
-  const int64_t entries = params.triplets.count * (params.triplets.a ? 3 : 2);
+  const int64_t entries = params.triplets.count * (params.triplets.mined ? 2 : 3);
   if (entries == 0) return 0;
   return launch(key_kernel, blocks_for((entries + kWarp - 1) / kWarp), kThreads, 0, stream, params);
 }

@@ -30,9 +30,12 @@ TOLERANCE = {"float32": 2e-5, "float64": 1e-12, "float16": 2e-3, "bfloat16": 1.6
 
 
 def stored(x: np.ndarray, element: str) -> np.ndarray:
-    """As the kernels see it; bfloat16 as 16 bits."""
+    """As the kernels see it; bfloat16 as 16 bits. A NaN is the one that a GPU's arithmetic returns."""
     if element != "bfloat16":
-        return x.astype(element)
+        x = x.astype(element)
+        if element == "float32":
+            x.view(np.uint32)[np.isnan(x)] = 0x7FFFFFFF
+        return x
     bits = x.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -297,6 +300,10 @@ def far_and_tiny(rng, count, depth):
     return noise(rng, count, depth) * 1e-12
 
 
+def signed_zeros(rng, count, depth):
+    return np.where(rng.random((count, depth)) < 0.5, -0.0, 0.0)
+
+
 def repeated(rng, count, depth):
     return lattice(rng, max(1, count // 3), depth)[rng.integers(0, max(1, count // 3), count)]
 
@@ -380,6 +387,8 @@ CASES |= {
     "tiles-offset": selection("float32", 140, 20, 30, products="float32", others=300, offset=77),
     "tiles-no-common-label": selection("float32", 60, 9, 10**6, products="float32", others=200),
     "tiles-not-finite": selection("float32", 150, 11, 30, products="float32", change=spoil),
+    "tiles-tf32-not-finite": selection("float32", 150, 11, 30, products="tf32", change=spoil),
+    "tiles-zeros": selection("bfloat16", 150, 32, 30, products="bfloat16", data=signed_zeros),
     "tiles-labels": selection("float32", 150, 11, 3, products="float32", change=extreme_labels),
     "tiles-bands": selection("bfloat16", 1300, 8, 300, products="bfloat16", blocks=7),
 }
@@ -389,6 +398,6 @@ SAME_RACES = {
     f"tiles-{name}"
     for name in (
         "bands bfloat16-of-float32 common-mean cosine-half duplicates labels more-anchors no-common-label noise"
-        " offset singletons tf32-noise tiny-rows"
+        " offset singletons tf32-noise tf32-not-finite tiny-rows zeros"
     ).split()
 }

@@ -223,3 +223,54 @@ def batch_hard(embeddings, labels, options, references=None, reference_labels=No
     positive, negative = select(embeddings, labels, options.distance, references, reference_labels, offset)
     triplets = [None if p < 0 or n < 0 else (i, p, n) for i, (p, n) in enumerate(zip(positive, negative))]
     return indexed(embeddings, triplets, options, references, weight)
+
+
+def triplets_of(
+    embeddings, labels, positive, negative, distance_kind, references=None, reference_labels=None, offset=None
+):
+    """Every triplet (anchor, positive, negative) of a strategy, in ascending order, by the words of the definition."""
+    x = np.asarray(embeddings, np.float64)
+    if references is None:
+        r, z, offset = x, labels, 0
+    else:
+        r, z = np.asarray(references, np.float64), reference_labels
+    y, z = ([int(label) % 2**64 for label in some] for some in (labels, z))
+    found = []
+    for i in range(len(x)):
+        own = None if offset is None else i + offset
+        positives = [j for j in range(len(r)) if z[j] == y[i] and j != own]
+        negatives = [j for j in range(len(r)) if z[j] != y[i]]
+        if not positives or not negatives:
+            continue
+        d = ranks(x[i], r, distance_kind)
+        near = [min(negatives, key=lambda n: (d[n], n))]
+        far = [min(negatives, key=lambda n: (-d[n], n))]
+        if positive == "hard":
+            positives = [min(positives, key=lambda p: (-d[p], p))]
+        if positive == "easy":
+            positives = [min(positives, key=lambda p: (d[p], p))]
+        for p in positives:
+            beyond = [n for n in negatives if d[n] > d[p]]
+            semi_hard = [min(beyond, key=lambda n: (d[n], n))] if beyond else far
+            for n in {"hard": near, "semi_hard": semi_hard, "all": negatives}[negative]:
+                found.append((i, p, n))
+    return found
+
+
+def strategy(
+    embeddings, labels, positive, negative, options, references=None, reference_labels=None, offset=None, weight=None
+):
+    """The loss of a strategy's triplets. The reduction "none" gives each anchor's sum, and `weight` is per anchor."""
+    triplets = triplets_of(
+        embeddings, labels, positive, negative, options.distance, references, reference_labels, offset
+    )
+    anchors = [a for a, _, _ in triplets]
+    if options.reduction == "none" and weight is not None:
+        weight = np.asarray(weight, np.float64)[anchors]
+    result = indexed(embeddings, triplets, options, references, weight)
+    if options.reduction != "none":
+        return result
+    sums = np.zeros(len(embeddings))
+    np.add.at(sums, anchors, result.value)
+    count = max(np.bincount(anchors, minlength=1)) if anchors else 1
+    return result._replace(value=sums, scale=result.scale * count)

@@ -24,10 +24,11 @@ from common import (
     row_numbers,
     rows,
 )
+from test_hard_triplets import ERRORS as HARD_TRIPLETS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triplet_ext
-from triplet_ext import TripletLoss, TripletMarginLoss, Triplets, explain, functional, losses, mine
+from triplet_ext import Mining, TripletLoss, TripletMarginLoss, Triplets, explain, functional, losses, mine
 from triplet_ext import _checks as checks
 
 X, Y = torch.zeros(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
@@ -41,7 +42,11 @@ NUMBERS = "float32, float64, float16 or bfloat16"
 
 DISTANCE = "distance must be one of 'squared_euclidean', 'euclidean', 'cosine', got "
 REDUCTION = "reduction must be one of 'mean', 'mean_active', 'sum', 'none', got "
-MINING = "mining must be one of 'batch_hard', got "
+SWAP = (
+    'swap must be False where every negative is taken (negative="all"): it replaces the distance to a negative'
+    " that was chosen for a pair, got True"
+)
+MINING = "mining must be one of 'batch_hard', 'semi_hard', 'batch_all', 'easy_positive' or a triplet_ext.Mining, got "
 POSITIONAL = "loss takes (anchor, positive, negative), (embeddings, labels) or (embeddings, triplets=...), got "
 
 
@@ -238,6 +243,8 @@ FORMS = [
         RuntimeError,
         "stats describe the last call, and this loss has not been called yet",
     ),
+    (lambda: TripletLoss(mining="batch_all", swap=True), ValueError, SWAP),
+    (lambda: mined(mining=Mining("easy", "all"), swap=True), ValueError, SWAP),
     (lambda: explain(X.numpy()), TypeError, "embeddings " + NOT_A_TENSOR),
     (lambda: explain(X.int()), TypeError, f"embeddings must be {NUMBERS}, got torch.int32"),
     (
@@ -304,7 +311,7 @@ def test_errors(backend, call, kind, text):
 def test_every_error_has_a_case():
     """Each `raise` of the Python layer was reached by a case above."""
     reached = set()
-    for call, _, _ in CASES:
+    for call, _, _ in CASES + HARD_TRIPLETS:
         last = error_of(call).traceback[-1]
         reached.add((pathlib.Path(str(last.path)).name, last.lineno + 1))
     missing = []

@@ -177,6 +177,16 @@ def samples(device):
     yield _ops.select_hardest, (x, y, None, None, None, "cosine")
     yield _ops.select_hardest, (x, y, r, z, None, "euclidean")
     yield _ops.select_hardest, (x, y, r, z, 2, "squared_euclidean")
+    yield _ops.select_pair, (x, y, None, None, None, "cosine", "easy", "hard")
+    yield _ops.select_pair, (x, y, r, z, 2, "euclidean", "hard", "semi_hard")
+    for batch, rules, measure in (
+        ((x, y, None, None, None), ("all", "all"), (0.5, "euclidean", False, True, "none")),
+        ((x, y, r, z, None), ("all", "semi_hard"), (0.5, "cosine", True, False, "mean")),
+        ((x, y, r, z, 2), ("easy", "all"), (0.5, "squared_euclidean", False, False, "mean_active")),
+    ):
+        yield _ops.mined_triplet_loss, (*batch, *rules, *measure)
+        loss, stats = _ops.mined_triplet_loss(*batch, *rules, *measure)
+        yield _ops.mined_triplet_loss_backward, (loss, *batch, stats, *rules, *measure)
 
 
 def test_opcheck(device, backend):

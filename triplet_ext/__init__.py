@@ -6,9 +6,10 @@ from . import functional
 from ._info import build_info, explain
 from .functional import TripletStats
 from .losses import TripletLoss, TripletMarginLoss
-from .mining import Triplets, mine
+from .mining import Mining, Triplets, hard_triplet_mining, mine
 
 __all__ = [
+    "Mining",
     "TripletLoss",
     "TripletMarginLoss",
     "TripletStats",
@@ -16,5 +17,6 @@ __all__ = [
     "build_info",
     "explain",
     "functional",
+    "hard_triplet_mining",
     "mine",
 ]

@@ -57,3 +57,28 @@ class IndexedTripletLoss(torch.autograd.Function):
             if ctx.saved_tensors[1] is None:
                 other = None
         return own, other, None, None, None, *(None,) * len(ctx.options)
+
+
+class MinedTripletLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, embeddings, labels, references, reference_labels, offset, *options):
+        loss, stats = _ops.mined_triplet_loss(embeddings, labels, references, reference_labels, offset, *options)
+        ctx.save_for_backward(embeddings, labels, references, reference_labels, stats)
+        ctx.offset, ctx.options = offset, options
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        own = other = None
+        if grad is not None:
+            if _differentiable():
+                backward = reference.mined_triplet_loss_backward
+            else:
+                backward = _ops.mined_triplet_loss_backward
+            *batch, stats = ctx.saved_tensors
+            own, other = backward(grad, *batch, ctx.offset, stats, *ctx.options)
+            if batch[2] is None:
+                other = None
+        return own, None, other, None, None, *(None,) * len(ctx.options)

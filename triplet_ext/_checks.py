@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Optional, Union
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +58,15 @@ def number(name: str, value: object) -> float:
     if math.isnan(value):
         raise ValueError(f"{name} must be a number, got nan")
     return float(value)
+
+
+def count(name: str, value: object) -> int:
+    if isinstance(value, (bool, np.bool_, np.ndarray, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {_kind(value)}")
+    number = operator.index(value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
 
 
 def options(
@@ -188,6 +199,23 @@ def batch(
                 f" got {ref_offset}"
             )
     return x, y, references, z, ref_offset
+
+
+def batch_or_arrays(embeddings: object, labels: object) -> tuple[Tensor, Tensor]:
+    """A batch of tensors or of NumPy arrays, as tensors; of arrays, copies."""
+    if not isinstance(embeddings, Tensor):
+        if not isinstance(embeddings, np.ndarray):
+            raise TypeError(f"embeddings must be a torch.Tensor or numpy.ndarray, got {_kind(embeddings)}")
+        if not isinstance(labels, np.ndarray):
+            raise TypeError(f"labels must be a numpy.ndarray, as embeddings are, got {_kind(labels)}")
+        if embeddings.dtype.name not in _FLOATING_NAMES.replace(" or", ",").split(", "):
+            raise TypeError(f"embeddings must be {_FLOATING_NAMES}, got {embeddings.dtype}")
+        if labels.dtype.kind not in "iub":
+            raise TypeError(f"labels must be integers, got {labels.dtype}")
+        # astype makes sense of any strides and byte order, torch does not.
+        embeddings = torch.from_numpy(embeddings.astype(np.float64, order="C"))
+        labels = torch.from_numpy(labels.astype(np.int64, order="C"))
+    return batch(embeddings, labels, None, None, None)[:2]
 
 
 def indexed(

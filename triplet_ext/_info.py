@@ -54,7 +54,8 @@ def explain(embeddings: Tensor, labels: Optional[Tensor] = None) -> str:
     """
     x = _checks.explain(embeddings, labels)
     info, device = build_info(), x.device.type
-    native = all(_ops.has_kernel(name, device) for name in _OPERATORS)
+    lacking = [name for name in _OPERATORS if not _ops.has_kernel(name, device)]
+    native = len(lacking) < len(_OPERATORS)
     what = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
     lines = []
     for name, key, language in (("cuda", "cuda", "CUDA kernels"), ("cpu", "cpu", "C++ kernels")):
@@ -68,7 +69,8 @@ def explain(embeddings: Tensor, labels: Optional[Tensor] = None) -> str:
         else:
             lines.append(f"  {language}: not used: they serve {name} tensors")
     if native:
-        lines.append("  pure PyTorch: not used: the kernels above serve this device (second derivatives use it)")
+        also = "second derivatives and every mining but batch_hard use it" if lacking else "second derivatives use it"
+        lines.append(f"  pure PyTorch: not used: the kernels above serve this device ({also})")
     else:
         lines.append(f"  pure PyTorch: used: no kernels for {device} tensors")
     return "\n".join([f"triplet_ext {info['version']}, torch {torch.__version__}: {what}", *lines])

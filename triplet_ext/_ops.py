@@ -24,6 +24,8 @@ from . import reference
 _MEASURE = "float margin, str distance, {}bool swap, bool soft_margin, str reduction"
 _EXPLICIT = _MEASURE.format("float p, float eps, ")
 _INDEXED = _MEASURE.format("")
+_BATCH = "Tensor embeddings, Tensor labels, Tensor? references, Tensor? reference_labels, SymInt? reference_offset"
+_RULES = "str positive, str negative"  # see triplet_ext.Mining
 _INDICES = "Tensor embeddings, Tensor? references, Tensor? anchor, Tensor positive, Tensor negative"
 
 SCHEMAS = {
@@ -34,8 +36,11 @@ SCHEMAS = {
     "indexed_triplet_loss": f"({_INDICES}, {_INDEXED}) -> (Tensor loss, Tensor distances, Tensor stats)",
     "indexed_triplet_loss_backward": f"(Tensor grad, {_INDICES}, Tensor distances, Tensor stats, {_INDEXED})"
     " -> (Tensor grad_embeddings, Tensor grad_references)",
-    "select_hardest": "(Tensor embeddings, Tensor labels, Tensor? references, Tensor? reference_labels,"
-    " SymInt? reference_offset, str distance) -> (Tensor positive, Tensor negative)",
+    "select_hardest": f"({_BATCH}, str distance) -> (Tensor positive, Tensor negative)",
+    "select_pair": f"({_BATCH}, str distance, {_RULES}) -> (Tensor positive, Tensor negative)",
+    "mined_triplet_loss": f"({_BATCH}, {_RULES}, {_INDEXED}) -> (Tensor loss, Tensor stats)",
+    "mined_triplet_loss_backward": f"(Tensor grad, {_BATCH}, Tensor stats, {_RULES}, {_INDEXED})"
+    " -> (Tensor grad_embeddings, Tensor grad_references)",
 }
 
 _library = torch.library.Library("triplet_ext", "DEF")
@@ -81,6 +86,24 @@ def _(embeddings, labels, references, reference_labels, reference_offset, distan
     return index, torch.empty_like(index)
 
 
+@torch.library.register_fake("triplet_ext::select_pair", lib=_library)
+def _(embeddings, *rest):
+    index = embeddings.new_empty(embeddings.shape[0], dtype=torch.int64)
+    return index, torch.empty_like(index)
+
+
+@torch.library.register_fake("triplet_ext::mined_triplet_loss", lib=_library)
+def _(embeddings, *rest):
+    loss, _, stats = _fake_forward(embeddings, embeddings.shape[0], False, rest[-1])
+    return loss, stats
+
+
+@torch.library.register_fake("triplet_ext::mined_triplet_loss_backward", lib=_library)
+def _(grad, embeddings, labels, references, *rest):
+    own = embeddings.new_empty(embeddings.shape)
+    return own, embeddings.new_empty(0) if references is None else references.new_empty(references.shape)
+
+
 # --- the compiled library -------------------------------------------------------------------------------------
 
 
@@ -122,3 +145,8 @@ triplet_loss_backward = torch.ops.triplet_ext.triplet_loss_backward.default
 indexed_triplet_loss = torch.ops.triplet_ext.indexed_triplet_loss.default
 indexed_triplet_loss_backward = torch.ops.triplet_ext.indexed_triplet_loss_backward.default
 select_hardest = torch.ops.triplet_ext.select_hardest.default
+select_pair = torch.ops.triplet_ext.select_pair.default
+mined_triplet_loss = torch.ops.triplet_ext.mined_triplet_loss.default
+mined_triplet_loss_backward = torch.ops.triplet_ext.mined_triplet_loss_backward.default
+# No operator: how many there are depends on the data.
+enumerate_triplets = reference.enumerate_triplets

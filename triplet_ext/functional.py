@@ -7,14 +7,14 @@ Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification, 2017)
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
-from . import _checks, _ops
-from ._autograd import ExplicitTripletLoss, IndexedTripletLoss
-from .mining import PRESETS, Triplets
+from . import _checks
+from ._autograd import ExplicitTripletLoss, IndexedTripletLoss, MinedTripletLoss
+from .mining import Mining, Triplets, select, strategy
 
 __all__ = ["TripletStats", "indexed_triplet_loss", "mined_triplet_loss", "triplet_loss"]
 
@@ -63,11 +63,23 @@ def explicit_with_stats(anchor, positive, negative, options, p, eps) -> tuple[Te
     return loss, stats
 
 
-def mined_with_stats(batch, options) -> tuple[Tensor, Tensor]:
+def check_swap(swap: bool, rules: Mining) -> None:
+    if swap and rules.negative == "all":
+        raise ValueError(
+            'swap must be False where every negative is taken (negative="all"): it replaces the distance to a negative'
+            " that was chosen for a pair, got True"
+        )
+
+
+def mined_with_stats(batch, rules: Mining, options) -> tuple[Tensor, Tensor]:
     margin, distance, swap, soft_margin, reduction = options
+    if "all" in (rules.positive, rules.negative):
+        return MinedTripletLoss.apply(
+            *batch, rules.positive, rules.negative, margin, distance, swap, soft_margin, reduction
+        )
     embeddings, labels, references, reference_labels, offset = batch
     others = None if references is None else references.detach()
-    positive, negative = _ops.select_hardest(embeddings.detach(), labels, others, reference_labels, offset, distance)
+    positive, negative = select((embeddings.detach(), labels, others, reference_labels, offset), distance, rules)
     return IndexedTripletLoss.apply(
         embeddings, references, None, positive, negative, margin, distance, swap, soft_margin, reduction
     )
@@ -119,7 +131,7 @@ def mined_triplet_loss(
     embeddings: Tensor,
     labels: Tensor,
     *,
-    mining: str = "batch_hard",
+    mining: Union[str, Mining] = "batch_hard",
     margin: float = 1.0,
     distance: str = "squared_euclidean",
     soft_margin: bool = False,
@@ -137,9 +149,10 @@ def mined_triplet_loss(
     Args:
         embeddings: [B, D], float32, float64, float16 or bfloat16, any strides.
         labels: [B], any integer dtype, compared as 64-bit values.
-        mining: ``"batch_hard"``.
+        mining: ``"batch_hard"``, ``"semi_hard"``, ``"batch_all"``, ``"easy_positive"`` or a
+            :class:`triplet_ext.Mining`.
         margin, distance, soft_margin, swap: see :func:`triplet_loss`. ``swap`` acts when the loss is measured,
-            not when negatives are chosen.
+            not when negatives are chosen; it is not defined where every negative is taken.
         reduction: ``"mean"`` over all mined triplets; ``"mean_active"`` over those with a loss above 0;
             ``"sum"``; ``"none"``: the sum of each anchor's losses, [B].
         ref_embeddings: [R, D]: where positives and negatives are taken from. Gradients flow to both.
@@ -154,10 +167,11 @@ def mined_triplet_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
-    _checks.choice("mining", mining, PRESETS)
+    rules = strategy(mining)
     options = _checks.options(margin, distance, soft_margin, swap, reduction)
+    check_swap(swap, rules)
     batch = _checks.batch(embeddings, labels, ref_embeddings, ref_labels, ref_offset)
-    return mined_with_stats(batch, options)[0]
+    return mined_with_stats(batch, rules, options)[0]
 
 
 def indexed_triplet_loss(

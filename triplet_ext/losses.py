@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional, overload
+from typing import TYPE_CHECKING, Any, Optional, Union, overload
 
 import torch
 from torch import Tensor
 
 from . import _checks, functional
 from .functional import TripletStats
-from .mining import PRESETS, Triplets
+from .mining import Mining, Triplets, strategy
 from .reference import P_NORM
 
 
@@ -28,7 +28,8 @@ class TripletLoss(torch.nn.Module):
     Args:
         margin: m, finite and at least 0, in units of the distance.
         distance: ``"squared_euclidean"``, ``"euclidean"`` or ``"cosine"``.
-        mining: the strategy of the mined form, ``"batch_hard"``.
+        mining: the strategy of the mined form: ``"batch_hard"``, ``"semi_hard"``, ``"batch_all"``,
+            ``"easy_positive"`` or a :class:`triplet_ext.Mining`.
         soft_margin: log(1 + exp(t)) in place of max(0, t), where t = d(a, p) - d(a, n) + m.
         swap: d(a, n) is replaced by d(p, n) where that is smaller.
         reduction: ``"mean"``, ``"mean_active"``, ``"sum"`` or ``"none"``.
@@ -43,7 +44,7 @@ class TripletLoss(torch.nn.Module):
         margin: float = 1.0,
         *,
         distance: str = "squared_euclidean",
-        mining: str = "batch_hard",
+        mining: Union[str, Mining] = "batch_hard",
         soft_margin: bool = False,
         swap: bool = False,
         reduction: str = "mean",
@@ -51,9 +52,11 @@ class TripletLoss(torch.nn.Module):
         super().__init__()
         self.margin = _checks.margin(margin)
         self.distance = _checks.choice("distance", distance, _checks.DISTANCES)
-        self.mining = _checks.choice("mining", mining, PRESETS)
+        self.mining = mining
+        rules = strategy(mining)
         self.soft_margin = _checks.flag("soft_margin", soft_margin)
         self.swap = _checks.flag("swap", swap)
+        functional.check_swap(self.swap, rules)
         self.reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         self._stats: Optional[Tensor] = None
 
@@ -126,7 +129,7 @@ class TripletLoss(torch.nn.Module):
                     f" got {_count(embeddings, labels)} of (embeddings, labels)"
                 )
             batch = _checks.batch(embeddings, labels, *references.values())
-            loss, stats = functional.mined_with_stats(batch, options)
+            loss, stats = functional.mined_with_stats(batch, strategy(self.mining), options)
         # An exported program keeps no state. torch 2.11 claims to export in every compilation, hence the second half.
         if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
             self._stats = stats

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
-from . import _checks, _ops
+from . import _checks, _hardest, _ops
 
 
 class Triplets(NamedTuple):
@@ -19,13 +20,55 @@ class Triplets(NamedTuple):
     negative: Tensor
 
 
-PRESETS = ("batch_hard",)
+POSITIVE_RULES = ("hard", "easy", "all")
+NEGATIVE_RULES = ("hard", "semi_hard", "all")
+
+
+@dataclass(frozen=True)
+class Mining:
+    """A strategy: which positives of an anchor are taken, and which negatives for each such pair (a, p).
+
+    Every one of the nine products is valid. Ties go to the lowest index. Anchors without a positive or without a
+    negative have no triplet.
+
+    Args:
+        positive: ``"hard"``: the farthest positive; ``"easy"``: the nearest; ``"all"``: every one.
+        negative: ``"hard"``: the nearest negative; ``"semi_hard"``: the nearest with d(a, n) > d(a, p) and, if there
+            is none, the farthest (Schroff, Kalenichenko, Philbin: FaceNet, 2015); ``"all"``: every one.
+
+    Raises:
+        TypeError, ValueError: listing the rules there are.
+    """
+
+    positive: str = "hard"
+    negative: str = "hard"
+
+    def __post_init__(self) -> None:
+        _checks.choice("positive", self.positive, POSITIVE_RULES)
+        _checks.choice("negative", self.negative, NEGATIVE_RULES)
+
+
+# batch_hard and batch_all: Hermans, Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification, 2017.
+# easy_positive: Xuan, Stylianou, Pless: Improved Embeddings with Easy Positive Triplet Mining, 2020.
+PRESETS = {
+    "batch_hard": Mining("hard", "hard"),
+    "semi_hard": Mining("all", "semi_hard"),
+    "batch_all": Mining("all", "all"),
+    "easy_positive": Mining("easy", "semi_hard"),
+}
+
+
+def strategy(mining: Union[str, Mining]) -> Mining:
+    """What `mining=` names."""
+    if isinstance(mining, Mining):
+        return mining
+    return PRESETS[_checks.choice("mining", mining, tuple(PRESETS), "a triplet_ext.Mining")]
 
 
 def mine(
     embeddings: Tensor,
     labels: Tensor,
-    mining: str = "batch_hard",
+    mining: Union[str, Mining] = "batch_hard",
     *,
     distance: str = "squared_euclidean",
     ref_embeddings: Optional[Tensor] = None,
@@ -42,8 +85,7 @@ def mine(
     Args:
         embeddings: [B, D], float32, float64, float16 or bfloat16.
         labels: [B], of any integer dtype.
-        mining: ``"batch_hard"``: for every anchor its farthest positive and its nearest negative (Hermans,
-            Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification, 2017).
+        mining: ``"batch_hard"``, ``"semi_hard"``, ``"batch_all"``, ``"easy_positive"`` or a :class:`Mining`.
         distance: ``"squared_euclidean"``, ``"euclidean"`` or ``"cosine"``.
         ref_embeddings: [R, D], where positives and negatives are taken from; default: the embeddings.
         ref_labels: [R], required with ``ref_embeddings``.
@@ -51,16 +93,61 @@ def mine(
             are other items than the anchors.
 
     Returns:
-        :class:`Triplets` of int64 tensors [T], where T counts the anchors that have both a positive and a
-        negative.
+        :class:`Triplets` of int64 tensors [T]. With one positive and one negative an anchor, T counts the anchors
+        that have both; with ``"all"`` it may be as large as B x R x R.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
-    _checks.choice("mining", mining, PRESETS)
+    rules = strategy(mining)
     _checks.choice("distance", distance, _checks.DISTANCES)
     batch = _checks.batch(embeddings, labels, ref_embeddings, ref_labels, ref_offset)
     with torch.no_grad():
-        positive, negative = _ops.select_hardest(*batch, distance)
+        if "all" in (rules.positive, rules.negative):
+            return Triplets(*_ops.enumerate_triplets(*batch, distance, rules.positive, rules.negative))
+        positive, negative = select(batch, distance, rules)
         anchor = ((positive >= 0) & (negative >= 0)).nonzero().squeeze(1)
         return Triplets(anchor, positive[anchor], negative[anchor])
+
+
+def select(batch, distance: str, rules: Mining) -> tuple[Tensor, Tensor]:
+    """The positive and the negative of each anchor, [B] each, -1 where there is none."""
+    if rules == PRESETS["batch_hard"]:
+        return _ops.select_hardest(*batch, distance)
+    return _ops.select_pair(*batch, distance, rules.positive, rules.negative)
+
+
+def hard_triplet_mining(embeddings: Any, labels: Any, margin: float = 1.0, k: int = 10) -> Any:
+    """The k triplets of largest loss out of all T triplets of a batch, ascending by loss.
+
+    A triplet (a, p, n) has p != a of a's label, n of another label, and t = d(a, p) - d(a, n) + margin with the
+    squared Euclidean distance. Triplets are ordered by t, also where the hinge makes their loss 0 (t < 0); among
+    equal t the lowest (anchor, positive, negative) is taken, and comes first. The order is exact: that of t in
+    float64, where d is what ``numpy.sum((x - y)**2)`` gives, on every device. A triplet whose t is NaN or infinite,
+    whose loss is NaN, is larger than all others: a row that is not finite is never left out.
+
+    Neither the T triplets nor the B x B distances are stored: memory is O(B (D + 1) + k log k) and a few blocks of
+    fixed size. Time is one B x B x D product, and the exact distances of the few anchors that it can't rule out (of
+    all anchors, in the worst case of equal distances everywhere). On a GPU this call waits for it.
+
+    Args:
+        embeddings: [B, D], a tensor of float32, float64, float16 or bfloat16, or a NumPy array of these.
+        labels: [B], of any integer dtype; a tensor on the device of the embeddings, or a NumPy array, as these are.
+        margin: m, finite and at least 0, in units of the distance.
+        k: how many triplets to take, at least 1.
+
+    Returns:
+        [min(k, T), 3, D], each triplet's rows anchor, positive, negative: ``embeddings[index]``, hence a tensor of
+        the same dtype, on the same device, through which gradients flow, or a NumPy array of the same dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+    """
+    margin = _checks.margin(margin)
+    k = _checks.count("k", k)
+    x, y = _checks.batch_or_arrays(embeddings, labels)
+    with torch.no_grad():
+        index = _hardest.hardest_triplets(x.detach(), y, margin, k)
+    if isinstance(embeddings, Tensor):
+        return embeddings[index.to(embeddings.device)]
+    return embeddings[index.numpy()]

@@ -29,6 +29,7 @@ _SLOPE_AT_ZERO = 0.0 if tuple(int(n) for n in torch.__version__.split(".")[:2]) 
 _DOWN = 2.0**-520  # half the range of float64
 _PIECE = 1024  # numbers that are added up at a time
 _BLOCK_BYTES = 32 << 20  # of float64 distances held at a time by the selection
+_MINED_BYTES = 3 << 20  # the same by other strategies, which hold some ten arrays of that size
 
 
 class Measure(NamedTuple):
@@ -405,3 +406,362 @@ def select_hardest(embeddings, labels, references, reference_labels, reference_o
         positive[rows] = torch.where(is_positive.any(1), farthest, -1)
         negative[rows] = torch.where(is_negative.any(1), nearest, -1)
     return positive, negative
+
+
+# --- every other strategy ---------------------------------------------------------------------------------------
+
+# A strategy is a rule for positives and one for negatives: see triplet_ext.Mining. hard x hard is select_hardest;
+# one positive and one negative an anchor are select_pair, then an indexed loss; what is left takes whole rows of
+# distances, a block of anchors at a time, and turns them into weights of dd(a, j) in the gradient.
+
+
+class _Sides(NamedTuple):
+    """Both sides of a batch in the wide type."""
+
+    x: Tensor  # [B, D], relative to a row of the batch; of unit length for the cosine distance
+    r: Tensor  # [R, D]
+    inverse: tuple[Optional[Tensor], Optional[Tensor]]  # [B, 1], [R, 1] of the cosine distance, as _unit gives them
+    lack: tuple[Optional[Tensor], Optional[Tensor]]
+    finite_x: Tensor  # [B]
+    finite_r: Tensor  # [R]
+
+
+def _sides(embeddings: Tensor, references: Tensor, distance: str) -> _Sides:
+    wide = wide_dtype(embeddings.device)
+    rows, inverse, lack, finite = [], [], [], []
+    for source in (embeddings, references):
+        x = source.to(wide)
+        good = x.square().sum(1).isfinite()
+        x = torch.where(good[:, None], x, 0)  # such rows are seen to at the end, and are not to spoil the others
+        i = lacks = None
+        if distance == "cosine":
+            x, i, lacks = _unit(x)
+        rows.append(x)
+        inverse.append(i)
+        lack.append(lacks)
+        finite.append(good)
+    if distance != "cosine" and rows[1].shape[0]:
+        # Differences stay, rounding does not; and small integers stay integers.
+        centre = rows[1][finite[1].to(torch.uint8).argmax()].detach()
+        rows = [x - centre for x in rows]
+    return _Sides(rows[0], rows[1], (inverse[0], inverse[1]), (lack[0], lack[1]), finite[0], finite[1])
+
+
+def _block_distances(sides: _Sides, rows: slice, distance: str) -> Tensor:
+    """d(a, j) of a block of anchors and all references, [b, R], from products where these lose nothing and from
+    differences where they would."""
+    x, r = sides.x[rows], sides.r
+    square_x, square_r = x.square().sum(1, keepdim=True), r.square().sum(1)
+    product = square_x + square_r - 2 * (x @ r.T)
+    with torch.no_grad():
+        small = product < 1e-6 * (square_x + square_r)
+        i, j = small.nonzero().unbind(1)
+        if len(i) > 16 * len(x):  # many duplicates
+            exact = torch.cdist(x, r, compute_mode="donot_use_mm_for_euclid_dist").square()
+            correction = torch.where(small, exact - product, 0)
+        else:
+            exact = (x[i] - r[j]).square().sum(1)
+            correction = torch.zeros_like(product).index_put((i, j), exact - product[i, j])
+    d = (product + correction).clamp_min(0)
+    if distance == "cosine":
+        lack_x, lack_r = sides.lack
+        assert lack_x is not None and lack_r is not None
+        return (d + lack_x[rows] + lack_r.T) / 2
+    if distance == "squared_euclidean":
+        return d
+    zero = d == 0
+    return torch.where(zero, 0, torch.where(zero, 1, d).sqrt())
+
+
+def _kinds(labels, reference_labels, offset, rows: slice) -> tuple[Tensor, Tensor]:
+    """Which references are positives and which negatives of a block of anchors, [b, R] each."""
+    same = labels[rows, None] == reference_labels
+    if offset is None:
+        return same, ~same
+    column = torch.arange(same.shape[1], device=same.device)
+    own = torch.arange(rows.start, rows.stop, device=same.device) + offset
+    return same & (column != own[:, None]), ~same
+
+
+def _first(mask: Tensor) -> Tensor:
+    return mask.to(torch.uint8).argmax(1)
+
+
+def _extreme(d: Tensor, among: Tensor, largest: bool) -> Tensor:
+    """The farthest or the nearest, [b]; ties to the lowest index."""
+    if largest:
+        d = d.masked_fill(~among, -1)
+        return _first(d == d.amax(1, keepdim=True))
+    d = d.masked_fill(~among, math.inf)
+    return _first(d == d.amin(1, keepdim=True))
+
+
+def _semi_hard(d: Tensor, is_negative: Tensor, d_ap: Tensor) -> Tensor:
+    """The nearest negative with d_an > d_ap, or else the farthest: d [b, R], d_ap [b, K] -> indices [b, K]."""
+    ordered, order = d.masked_fill(~is_negative, math.inf).sort(dim=1, stable=True)
+    count = is_negative.sum(1, keepdim=True)
+    beyond = torch.searchsorted(ordered, d_ap.contiguous(), right=True)
+    last = ordered.gather(1, (count - 1).clamp_min(0))
+    farthest = torch.searchsorted(ordered, last)  # the lowest index of those that are equally far
+    return order.gather(1, torch.where(beyond < count, beyond, farthest).clamp_max(d.shape[1] - 1))
+
+
+def _columns(taken: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns that are taken of each row, in ascending order: [b, R] -> [b, K], and which of those there are."""
+    count = taken.sum(1)
+    columns = torch.zeros(len(count), int(count.max()) if len(count) else 0, dtype=torch.int64, device=taken.device)
+    row, column = taken.nonzero().unbind(1)
+    rank = torch.arange(len(row), device=taken.device) - (count.cumsum(0) - count)[row]
+    there = torch.arange(columns.shape[1], device=taken.device) < count[:, None]
+    return columns.index_put((row, rank), column), there
+
+
+def _blocks(count: int, total: int):
+    step = max(1, _MINED_BYTES // (8 * max(1, total)))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def _alone(embeddings, labels, references, reference_labels, offset):
+    """References, their labels and the offset, where the batch is its own references."""
+    return (embeddings, labels, 0) if references is None else (references, reference_labels, offset)
+
+
+def select_pair(embeddings, labels, references, reference_labels, reference_offset, distance, positive, negative):
+    """One positive (hard or easy) and one negative (hard or semi_hard) of each anchor, int64 [B] each; -1 where
+    there is none. Rows that are not finite come before all others."""
+    others, other_labels, offset = _alone(embeddings, labels, references, reference_labels, reference_offset)
+    chosen = torch.full((2, embeddings.shape[0]), -1, dtype=torch.int64, device=embeddings.device)
+    if others.shape[0] == 0:
+        return chosen[0], chosen[1].clone()
+    sides = _sides(embeddings, others, distance)
+    for rows in _blocks(embeddings.shape[0], others.shape[0]):
+        d = _block_distances(sides, rows, distance)
+        is_positive, is_negative = _kinds(labels, other_labels, offset, rows)
+        p = _extreme(d, is_positive, positive == "hard")
+        if negative == "hard":
+            n = _extreme(d, is_negative, False)
+        else:
+            n = _semi_hard(d, is_negative, d.gather(1, p[:, None])).squeeze(1)
+        bad = ~(sides.finite_r & sides.finite_x[rows, None])
+        for into, index, among in ((0, p, is_positive), (1, n, is_negative)):
+            index = torch.where((bad & among).any(1), _first(bad & among), index)
+            chosen[into, rows] = torch.where(among.any(1), index, -1)
+    return chosen[0], chosen[1].clone()
+
+
+class _Rows(NamedTuple):
+    """What a block of anchors contributes, each [b] but the weights."""
+
+    losses: Tensor
+    weights: Tensor  # [b, R]: dloss/dd(a, j)
+    triplets: Tensor
+    active: Tensor
+    positive: Tensor  # sums of d_ap and d_an over the triplets
+    negative: Tensor
+
+
+def _mined_rows(d: Tensor, taken: Tensor, is_negative: Tensor, negative: str, measure: Measure) -> _Rows:
+    """Of the triplets (a, p, n) with p among `taken` and n by the rule for negatives."""
+    p, there = _columns(taken)  # [b, K]
+    d_ap = d.gather(1, p)
+    zero = torch.zeros_like(d)
+    if negative != "all":
+        if negative == "hard":
+            n = _extreme(d, is_negative, False)[:, None].expand_as(p)
+        else:
+            n = _semi_hard(d, is_negative, d_ap)
+        d_an = d.gather(1, n)
+        t = d_ap - d_an + measure.margin
+        losses = torch.where(there, _loss(t, measure), 0)
+        slope = torch.where(there, _slope(t, measure), 0)
+        weights = zero.scatter_add(1, p, slope).scatter_add(1, n, -slope)
+        summed = [torch.where(there, of, 0).sum(1) for of in (d_ap, d_an)]
+        return _Rows(losses.sum(1), weights, taken.sum(1), (losses > 0).sum(1), *summed)
+    count_p, count_n = taken.sum(1), is_negative.sum(1)
+    sum_p, sum_n = torch.where(there, d_ap, 0).sum(1), torch.where(is_negative, d, 0).sum(1)
+    triplets, sums = count_p * count_n, (sum_p * count_n, sum_n * count_p)
+    t = d_ap + measure.margin
+    if measure.soft_margin:
+        losses, weights, active = torch.zeros_like(sum_p), zero, torch.zeros_like(triplets)
+        for k in range(p.shape[1]):
+            pairs = is_negative & there[:, k, None]
+            excess = t[:, k, None] - d
+            each = torch.where(pairs, _loss(excess, measure), 0)
+            slope = torch.where(pairs, _slope(excess, measure), 0)
+            losses, active = losses + each.sum(1), active + (each > 0).sum(1)
+            weights = (weights - slope).scatter_add(1, p[:, k, None], slope.sum(1, keepdim=True))
+        return _Rows(losses, weights, triplets, active, *sums)
+    # Hinge: of p, the negatives nearer than d_ap + m are active; of n, the positives with d_ap + m above d_an.
+    ordered = d.masked_fill(~is_negative, math.inf).sort(1)[0]
+    below = torch.searchsorted(ordered, t.contiguous()).minimum(count_n[:, None])
+    before = torch.nn.functional.pad(torch.where(ordered.isfinite(), ordered, 0).cumsum(1), (1, 0))
+    losses = torch.where(there, below * t - before.gather(1, below), 0)
+    below = torch.where(there, below, 0)
+    thresholds = t.masked_fill(~there, -math.inf).sort(1)[0].contiguous()
+    above = p.shape[1] - torch.searchsorted(thresholds, d.contiguous(), right=True)
+    weights = torch.where(is_negative, -above, 0).to(d.dtype).scatter_add(1, p, below.to(d.dtype))
+    return _Rows(losses.sum(1), weights, triplets, below.sum(1), *sums)
+
+
+def _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure):
+    """(anchors, their rows of distances, what they contribute) block by block."""
+    for rows in _blocks(sides.x.shape[0], sides.r.shape[0]):
+        d = _block_distances(sides, rows, measure.distance)
+        is_positive, is_negative = _kinds(labels, other_labels, offset, rows)
+        valid = is_positive.any(1) & is_negative.any(1)
+        taken = is_positive
+        if positive != "all":
+            column = torch.arange(d.shape[1], device=d.device)
+            taken = is_positive & (column == _extreme(d, is_positive, positive == "hard")[:, None])
+        taken, is_negative = taken & valid[:, None], is_negative & valid[:, None]
+        found = _mined_rows(d, taken, is_negative, negative, measure)
+        # A row that is not finite is never left out.
+        bad = ~sides.finite_x[rows] | (valid & ((is_positive | is_negative) & ~sides.finite_r).any(1))
+        losses = torch.where(bad, math.nan, found.losses)
+        weights = torch.where(bad[:, None], math.nan, found.weights)
+        yield rows, d, valid, found._replace(losses=losses, weights=weights)
+
+
+def enumerate_triplets(
+    embeddings, labels, references, reference_labels, reference_offset, distance, positive, negative
+):
+    """Every triplet of a strategy: anchor, positive, negative, int64 [T] each, in ascending order."""
+    others, other_labels, offset = _alone(embeddings, labels, references, reference_labels, reference_offset)
+    device = embeddings.device
+    found = [torch.empty(3, 0, dtype=torch.int64, device=device)]
+    sides = _sides(embeddings, others, distance)
+    for rows in _blocks(embeddings.shape[0], others.shape[0]):
+        d = _block_distances(sides, rows, distance)
+        is_positive, is_negative = _kinds(labels, other_labels, offset, rows)
+        valid = is_positive.any(1) & is_negative.any(1)
+        bad = ~(sides.finite_r & sides.finite_x[rows, None])
+        if positive != "all" and valid.any():
+            first = _extreme(d, is_positive, positive == "hard")
+            first = torch.where((bad & is_positive).any(1), _first(bad & is_positive), first)
+            is_positive = is_positive & (torch.arange(d.shape[1], device=device) == first[:, None])
+        pairs = (is_positive & valid[:, None]).nonzero()
+        if not len(pairs):
+            continue
+        a, p = pairs.unbind(1)
+        if negative == "all":
+            count = is_negative.sum(1)[a]
+            n = torch.cat([is_negative[i].nonzero().squeeze(1) for i in a.tolist()])
+            a, p = a.repeat_interleave(count), p.repeat_interleave(count)
+        else:
+            if negative == "hard":
+                n = _extreme(d, is_negative, False)[a]
+            else:
+                columns, there = _columns(is_positive & valid[:, None])
+                n = _semi_hard(d, is_negative, d.gather(1, columns))[there]
+            n = torch.where((bad & is_negative).any(1)[a], _first(bad & is_negative)[a], n)
+        found.append(torch.stack((a + rows.start, p, n)))
+    return tuple(torch.cat(found, 1).unbind())
+
+
+def mined_triplet_loss(
+    embeddings,
+    labels,
+    references,
+    reference_labels,
+    reference_offset,
+    positive,
+    negative,
+    margin,
+    distance,
+    swap,
+    soft_margin,
+    reduction,
+):
+    """The loss of a strategy's triplets, [] or [B] of the anchors' sums, and the statistics."""
+    measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
+    batch = (embeddings, labels, references, reference_labels, reference_offset)
+    wide, count = wide_dtype(embeddings.device), embeddings.shape[0]
+    if swap:
+        a, p, n = enumerate_triplets(*batch, distance, positive, negative)
+        losses, _, stats = indexed_triplet_loss(
+            embeddings, references, a, p, n, margin, distance, swap, soft_margin, "none"
+        )
+        losses = _scatter(a, losses[:, None], count).squeeze(1)
+        finite = embeddings.isfinite().all(1)
+        losses = torch.where(finite, losses, math.nan)
+        return _reduce(losses, stats, reduction), stats
+    others, other_labels, offset = _alone(*batch)
+    sides = _sides(embeddings, others, distance)
+    losses = torch.zeros(count, dtype=wide, device=embeddings.device)
+    sums = torch.zeros(5, dtype=wide, device=embeddings.device)
+    if others.shape[0]:
+        for rows, _, valid, found in _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure):
+            losses[rows] = found.losses
+            parts = (valid, found.triplets, found.active, found.positive, found.negative)
+            sums = sums + torch.stack([part.sum(dtype=wide) for part in parts])
+    else:
+        losses = torch.where(sides.finite_x, losses, math.nan)
+    stats = torch.cat((sums[:3], sums[3:] / sums[1]))
+    return _reduce(losses, stats, reduction).to(accumulation_dtype(embeddings.dtype)), stats
+
+
+def mined_triplet_loss_backward(
+    grad,
+    embeddings,
+    labels,
+    references,
+    reference_labels,
+    reference_offset,
+    stats,
+    positive,
+    negative,
+    margin,
+    distance,
+    swap,
+    soft_margin,
+    reduction,
+):
+    measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
+    batch = (embeddings, labels, references, reference_labels, reference_offset)
+    wide, count = wide_dtype(embeddings.device), embeddings.shape[0]
+    weight = _spread(grad, stats, count, wide, reduction)
+    absent = embeddings.new_empty(0)
+    if swap:
+        a, p, n = enumerate_triplets(*batch, distance, positive, negative)
+        inputs = (embeddings, references, a, p, n)
+        own, other = indexed_triplet_loss_backward(
+            weight[a].to(accumulation_dtype(embeddings.dtype)),
+            *inputs,
+            None,
+            stats,
+            margin,
+            distance,
+            swap,
+            soft_margin,
+            "none",
+        )
+        finite = embeddings.isfinite().all(1, keepdim=True)
+        return torch.where(finite, own, math.nan), other
+    others, other_labels, offset = _alone(*batch)
+    sides = _sides(embeddings, others, distance)
+    x, r = sides.x, sides.r
+    own, other = [], torch.zeros_like(r)
+    if others.shape[0]:
+        for rows, d, _, found in _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure):
+            w = found.weights * weight[rows, None]
+            if distance == "euclidean":
+                w = torch.where(d == 0, w * 0, w / torch.where(d == 0, 1, d))
+            elif distance == "squared_euclidean":
+                w = 2 * w
+            a, (row, column) = x[rows], (w.sum(1, keepdim=True), w.sum(0)[:, None])
+            if distance == "cosine":
+                (inverse_x, inverse_r), (lack_x, lack_r) = sides.inverse, sides.lack
+                assert inverse_x is not None and inverse_r is not None and lack_x is not None and lack_r is not None
+                along = torch.where(lack_x[rows] > 0, row, (w * d).sum(1, keepdim=True))
+                along_r = torch.where(lack_r > 0, column, (w * d).sum(0)[:, None])
+                own.append(inverse_x[rows] * (row * a - w @ r - along * a))
+                other = other + inverse_r * (column * r - w.T @ a - along_r * r)
+            else:
+                own.append(row * a - w @ r)
+                other = other + column * r - w.T @ a
+    total = torch.cat(own) if own else torch.zeros_like(x)
+    total = torch.where(sides.finite_x[:, None], total, math.nan)
+    if references is None:
+        return (total + other).to(embeddings.dtype), absent
+    return total.to(embeddings.dtype), other.to(references.dtype)

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kShiftThreads) shift_kernel(TileParams params)
   float largest = 0;
   for (int64_t k = threadIdx.x; k < params.depth && moves; k += kShiftThreads) {
     const auto each = [&](auto f) {
+#pragma unroll 8  // as many loads under way
       for (int64_t i = 0; i < m.rows; i += step) {
         float x[1];
         row_of<E, 1>(m, i).read(k, x);

@@ -1,0 +1,334 @@
+"""The k hardest triplets of a batch, against a loop over all of them in float64."""
+
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from common import DTYPES, KINDS, assert_same, classes, name, numpy, rows
+
+import triplet_ext
+from triplet_ext import _hardest, functional, hard_triplet_mining, mine
+
+X, Y = torch.zeros(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
+PACKAGE = pathlib.Path(triplet_ext.__file__).parent
+
+
+def in_order(x, labels, margin):
+    """All triplets (t, anchor, positive, negative) of a batch, largest t first; ties: the lowest first."""
+    others, all_of_them = range(len(x)), []
+    with np.errstate(all="ignore"):
+        d = [[float(np.sum((x[i] - x[j]) ** 2)) for j in others] for i in others]
+    for a in others:
+        for p in others:
+            if p == a or labels[p] != labels[a]:
+                continue
+            for n in others:
+                if labels[n] != labels[a]:
+                    t = d[a][p] - d[a][n] + margin
+                    all_of_them.append((t if math.isfinite(t) else math.inf, a, p, n))
+    return sorted(all_of_them, key=lambda v: (-v[0], *v[1:]))
+
+
+def check(x, y, margin, *several):
+    """For each k of several; returns the rows of the last."""
+    everything = in_order(numpy(x), y.tolist(), margin)
+    for k in several:
+        wanted = [list(v[1:]) for v in sorted(everything[:k])]  # ascending; ties: the lowest first
+        assert _hardest.hardest_triplets(x, y, margin, k).tolist() == wanted
+        got = hard_triplet_mining(x, y, margin, k)
+        assert got.dtype == x.dtype and got.device == x.device
+        assert got.shape == (len(wanted), 3, x.shape[1])
+        assert_same(got, x[torch.tensor(wanted, dtype=torch.int64, device=x.device).reshape(-1, 3)])
+    return wanted
+
+
+# --- what is taken --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_all_triplets(rng, device, kind, dtype):
+    """Index by index; with many triplets below the hinge, and k from one to more than there are."""
+    for count, width, number in ((30, 1, 5), (24, 5, 2), (36, 9, 12), (20, 150, 4)):
+        x, y = rows(rng, count, width, dtype, kind, device), classes(rng, count, number, device)
+        check(x, y, float(rng.choice([0.0, 0.3, 1.0])), 1, 7, 60, 10**6)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_ties(rng, device, width):
+    """More triplets tie for the last place than there are places."""
+    x = torch.from_numpy(rng.integers(0, 2, (30, width))).double().to(device)
+    for number in (2, 6):
+        y = classes(rng, 30, number, device)
+        check(x, y, 1.0, 1, 5, 50, 500)
+    wanted = check(torch.ones(12, width, device=device), torch.arange(12, device=device) % 2, 1.0, 3)
+    assert wanted == [[0, 2, 1], [0, 2, 3], [0, 2, 5]]
+
+
+def test_ties_that_rounding_makes(rng, device):
+    """The margin swallows differences of the distances: the lowest of what it makes equal, not the farthest."""
+    for _ in range(20):
+        x, y = rows(rng, 20, 3, device=device), classes(rng, 20, 3, device)
+        check(x, y, 2.0**51, 9)
+        check(x, y, 2.0**80, 9)
+
+
+def test_a_margin_orders_nothing(rng, device):
+    x, y = rows(rng, 30, 2, kind="integers", device=device), classes(rng, 30, device=device)
+    assert check(x, y, 0.0, 40) == check(x, y, 1000.0, 40)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite(rng, device, bad):
+    """Come as the largest, the lowest first."""
+    for dtype in (torch.float32, torch.float64):
+        for where in ([0], [29], [3, 17]):
+            x, y = rows(rng, 30, 4, dtype, device=device), classes(rng, 30, device=device)
+            y[where[-1]] = y[(where[-1] + 1) % 30]
+            x[where, 2] = bad
+            wanted = check(x, y, 1.0, 1, 20, 700)
+            assert set(where) & set(wanted[-1])
+
+
+def test_distances_that_overflow(rng, device):
+    """Infinite, though the rows are not; and large, and tiny ones that are not."""
+    y = classes(rng, 24, 5, device)
+    x = rows(rng, 24, 3, device=device)
+    for scale in (1e154, 1e200, 1e150, 1e-150, 1e-162, 1e-300):
+        check(x * scale, y, 0.0, 30)
+    x[5] = 1e308
+    check(x, y, 0.0, 30, 2000)
+
+
+def test_no_cancellation(device):
+    """By hand, around 2**20: distances that |x|^2 + |y|^2 - 2 x.y can't tell apart in float64."""
+    x = 2.0**20 + torch.tensor([0.0, 3.0, 2.0, 4.0, 2.5], dtype=torch.float64, device=device)[:, None] * 2.0**-30
+    y = torch.tensor([0, 0, 1, 1, 2], device=device)
+    assert check(x, y, 0.0, 2) == [[1, 0, 2], [1, 0, 4]]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5])
+def test_few_rows(rng, device, count):
+    x = rows(rng, count, 4, device=device)
+    for labels in ([0] * count, list(range(count)), [i % 2 for i in range(count)]):
+        check(x, torch.tensor(labels, dtype=torch.int64, device=device), 1.0, 3)
+    one_class = torch.zeros(count, dtype=torch.int64, device=device)
+    assert hard_triplet_mining(x, one_class).shape == (0, 3, 4)
+
+
+def test_no_features(device):
+    assert check(torch.zeros(4, 0, device=device), torch.tensor([0, 1, 0, 1], device=device), 1.0, 3)
+
+
+@pytest.mark.parametrize("k", [1, 30, 2500])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_larger_batch(rng, device, kind, k):
+    """Several blocks, against NumPy's sort of all triplets."""
+    count = 240
+    x, y = rows(rng, count, 8, torch.float32, kind, device), classes(rng, count, 12, device)
+    wide, labels = numpy(x), y.cpu().numpy()
+    d = ((wide[:, None] - wide[None]) ** 2).sum(-1)
+    same = labels[:, None] == labels
+    a, p = np.nonzero(same & ~np.eye(count, dtype=bool))
+    pair, n = np.nonzero(~same[a])
+    a, p = a[pair], p[pair]
+    t = d[a, p] - d[a, n] + 1.0
+    chosen = np.sort(np.argsort(-t, kind="stable")[:k])
+    chosen = chosen[np.argsort(t[chosen], kind="stable")]
+    for budget in (None, 1 << 16):
+        with pytest.MonkeyPatch.context() as patch:
+            if budget:
+                patch.setattr(_hardest, "_BOUND_BYTES", budget)
+                patch.setattr(_hardest, "_EXACT_BYTES", budget)
+            got = _hardest.hardest_triplets(x, y, 1.0, k)
+        np.testing.assert_array_equal(got, np.stack((a, p, n), 1)[chosen])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e150, 1e-162])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_is_one(rng, device, kind, scale):
+    """No t of an anchor exceeds it, to the last bit; and it is close. An outlier makes most of it cancel."""
+    x, y = rows(rng, 40, 5, kind=kind, device=device) * scale, classes(rng, 40, 8, device)
+    x[7] += 1000 * scale
+    bound = _hardest._upper_bounds(x, y, 0.0)
+    most = {}
+    for t, a, _, _ in in_order(numpy(x), y.tolist(), 0.0):
+        most.setdefault(a, t)
+    assert len(most) > 20
+    for a, t in most.items():
+        assert t <= bound[a] <= t + 1e-6 * (scale**2 + abs(t)) + 1e-300
+
+
+def test_the_bound_spares_work(rng, monkeypatch):
+    """Few of the anchors are measured: the order of the visits and the bound are good for something."""
+    seen, measure = [], _hardest._squares
+    monkeypatch.setattr(_hardest, "_EXACT_BYTES", 1)
+    monkeypatch.setattr(_hardest, "_squares", lambda x, anchors: seen.extend(anchors.tolist()) or measure(x, anchors))
+    x, y = rows(rng, 2000, 16), classes(rng, 2000)
+    hard_triplet_mining(x, y, k=10)
+    assert 1 <= len(seen) <= 12 and len(set(seen)) == len(seen)
+
+
+def test_the_hardest_is_the_hardest_that_is_mined(rng, device):
+    x, y = rows(rng, 300, 7, torch.float64, device=device), classes(rng, 300, device=device)
+    triplets = mine(x, y)
+    losses = functional.indexed_triplet_loss(x, triplets, margin=100.0, reduction="none")
+    best = torch.stack(triplets, 1)[losses.argmax()]
+    assert_same(hard_triplet_mining(x, y, k=1)[0], x[best])
+
+
+def test_the_order_is_that_of_the_losses(rng, device):
+    x, y = rows(rng, 60, 7, torch.float64, device=device), classes(rng, 60, device=device)
+    a, p, n = hard_triplet_mining(x, y, 0.2, 500).unbind(1)
+    losses = functional.triplet_loss(a, p, n, margin=0.2, reduction="none")
+    assert len(losses) == 500 and (losses[1:] - losses[:-1]).min() >= -1e-12 and losses[-1] > losses[0]
+
+
+# --- what comes in and out ------------------------------------------------------------------------------------
+
+
+def test_defaults(rng):
+    x, y = rows(rng, 40, 3), classes(rng, 40)
+    assert_same(hard_triplet_mining(x, y), hard_triplet_mining(x, y, margin=1.0, k=10))
+    assert_same(hard_triplet_mining(x, y), x[_hardest.hardest_triplets(x, y, 1.0, 10)])
+
+
+@pytest.mark.parametrize("labels", [np.int8, np.uint8, np.int32, np.int64, np.uint64, ">i4"], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ">f4"], ids=str)
+def test_numpy(rng, dtype, labels):
+    """Arrays give an array of the same dtype and the same rows, whatever the strides and the byte order."""
+    x, y = rng.standard_normal((40, 6)).astype(dtype), rng.integers(0, 9, 40).astype(labels)
+    got = hard_triplet_mining(x, y, 0.5, 20)
+    assert type(got) is np.ndarray and got.dtype == x.dtype and got.shape == (20, 3, 6)
+    native = torch.from_numpy(x.astype(x.dtype.newbyteorder("=")))
+    wanted = hard_triplet_mining(native, torch.from_numpy(y.astype(np.int64)), 0.5, 20)
+    np.testing.assert_array_equal(got, wanted.numpy())
+    x.flags.writeable = False
+    np.testing.assert_array_equal(hard_triplet_mining(x[::-1], y[::-1]), hard_triplet_mining(x[::-1].copy(), y[::-1]))
+    assert hard_triplet_mining(x[:0], y[:0]).shape == (0, 3, 6)
+
+
+def test_any_strides(rng, device):
+    x, y = rows(rng, 30, 5, device=device), classes(rng, 30, device=device)
+    odd, odd_y = x.t().contiguous().t(), torch.stack([y, y * 0], 1)[:, 0]
+    assert_same(hard_triplet_mining(odd, odd_y), hard_triplet_mining(x, y))
+
+
+@pytest.mark.parametrize("k", [1, 4, np.int64(4), np.uint8(4)], ids=repr)
+def test_numbers_of_triplets(rng, k):
+    assert len(hard_triplet_mining(rows(rng, 20, 3), classes(rng, 20), k=k)) == k
+
+
+def test_gradients_flow(rng, device):
+    """As through indexing: what is selected counts, how often it is selected."""
+    x, y = rows(rng, 30, 5, device=device).requires_grad_(), classes(rng, 30, device=device)
+    chosen = _hardest.hardest_triplets(x.detach(), y, 1.0, 8).to(device)
+    out = hard_triplet_mining(x, y, k=8)
+    assert out.requires_grad
+    a, p, n = out.unbind(1)
+    grad = torch.autograd.grad(functional.triplet_loss(a, p, n), x)[0]
+    wanted = functional.indexed_triplet_loss(x, triplet_ext.Triplets(*chosen.unbind(1)))
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted, x)[0], rtol=1e-12, atol=1e-14)
+    assert grad.any()
+    assert not hard_triplet_mining(x.detach(), y).requires_grad
+    one_class = torch.zeros(30, dtype=torch.int64, device=device)
+    assert not torch.autograd.grad(hard_triplet_mining(x, one_class).sum(), x)[0].any()
+
+
+def test_nothing_is_written_to(rng, device):
+    x, y = rows(rng, 30, 5, device=device), classes(rng, 30, device=device)
+    before = [(v, v.clone(), v._version) for v in (x, y)]
+    hard_triplet_mining(x, y)
+    for v, b, version in before:
+        assert_same(v, b)
+        assert v._version == version
+
+
+MEMORY = """
+import resource, sys, warnings
+warnings.simplefilter("ignore")
+import torch, triplet_ext
+generator = torch.Generator().manual_seed(7)
+x, y = torch.randn(20000, 16, generator=generator), torch.randint(int(sys.argv[1]), (20000,), generator=generator)
+triplet_ext.hard_triplet_mining(x[:50], y[:50] % 2, k=1000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out = triplet_ext.hard_triplet_mining(x, y, k=3000)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+d = lambda i: (out[:, 0].double() - out[:, i].double()).square().sum(1)
+t = d(1) - d(2)
+print((after - before) // (1024 if sys.platform == "linux" else 1 << 20), len(out), int((t[1:] < t[:-1] - 1e-9).sum()))
+"""
+
+
+@pytest.mark.parametrize("number", [5000, 2])
+def test_memory(number):
+    """20000 rows: the distances alone would take 3200 MB in float64, the triplets of two classes 10**12 of them."""
+    pytest.importorskip("resource", reason="measures by getrusage")
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(number)],
+        cwd=PACKAGE.parent,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    megabytes, count, out_of_order = map(int, done.stdout.split())
+    assert megabytes < 150 and count == 3000 and out_of_order == 0
+
+
+# --- errors ---------------------------------------------------------------------------------------------------
+# (what is done, the type of the error, its whole text)
+
+
+def call(x=X, y=Y, **options):
+    return lambda: hard_triplet_mining(x, y, **options)
+
+
+FLOATS = "float32, float64, float16 or bfloat16"
+ERRORS = [
+    (call(k=0), ValueError, "k must be at least 1, got 0"),
+    (call(k=-3), ValueError, "k must be at least 1, got -3"),
+    (call(k=2.0), TypeError, "k must be an integer, got float"),
+    (call(k=True), TypeError, "k must be an integer, got bool"),
+    (call(k=np.True_), TypeError, "k must be an integer, got numpy.bool"),
+    (call(k=np.array(3)), TypeError, "k must be an integer, got numpy.ndarray"),
+    (call(k="3"), TypeError, "k must be an integer, got str"),
+    (call(k=None), TypeError, "k must be an integer, got NoneType"),
+    (call(k=torch.tensor(3)), TypeError, "k must be an integer, got torch.Tensor"),
+    (call(margin=-1), ValueError, "margin must be finite and at least 0, got -1"),
+    (call(margin=math.inf), ValueError, "margin must be finite and at least 0, got inf"),
+    (call(margin="1"), TypeError, "margin must be a number, got str"),
+    (call(X.tolist()), TypeError, "embeddings must be a torch.Tensor or numpy.ndarray, got list"),
+    (call(X.numpy()), TypeError, "labels must be a numpy.ndarray, as embeddings are, got torch.Tensor"),
+    (call(X.numpy(), [0] * 6), TypeError, "labels must be a numpy.ndarray, as embeddings are, got list"),
+    (call(y=Y.numpy()), TypeError, "labels must be a torch.Tensor, got numpy.ndarray; torch.from_numpy makes one"),
+    (call(X.int()), TypeError, f"embeddings must be {FLOATS}, got torch.int32"),
+    (call(X.int().numpy(), Y.numpy()), TypeError, f"embeddings must be {FLOATS}, got int32"),
+    (call(X.numpy().astype("O"), Y.numpy()), TypeError, f"embeddings must be {FLOATS}, got object"),
+    (call(y=Y.float()), TypeError, "labels must be integers, got torch.float32"),
+    (call(X.numpy(), Y.double().numpy()), TypeError, "labels must be integers, got float64"),
+    (call(X[0]), ValueError, "embeddings must have shape [B, D], got [3]"),
+    (call(X[0].numpy(), Y.numpy()), ValueError, "embeddings must have shape [B, D], got [3]"),
+    (call(y=Y[:5]), ValueError, "labels must have shape [B] = [6], one for each row of embeddings, got [5]"),
+    (
+        call(X.numpy(), Y[:, None].numpy()),
+        ValueError,
+        "labels must have shape [B] = [6], one for each row of embeddings, got [6, 1]",
+    ),
+]
+
+
+@pytest.mark.parametrize("refused, kind, text", ERRORS, ids=[f"{i}: {e[2][:50]}" for i, e in enumerate(ERRORS)])
+def test_errors(refused, kind, text):
+    text = re.escape(text).replace(r"numpy\.bool", r"numpy\.bool_?")  # its name in NumPy 1
+    with pytest.raises((TypeError, ValueError), match=f"^{text}$") as caught:
+        refused()
+    assert caught.type is kind

@@ -221,6 +221,7 @@ def test_public_names():
         "build_info",
         "explain",
         "functional",
+        "hard_triplet_mining",
         "mine",
     ]
     assert set(names) <= set(triplet_ext.__all__)

@@ -92,8 +92,7 @@ def _upper_bounds(x: Tensor, y: Tensor, margin: float) -> Tensor:
         own = slice(first[block.start], stop[block.stop - 1])
         product = rows[block] @ columns
         same = y[block, None] == y[own]
-        far = (product[:, own] + (high - low)[own]).masked_fill_(~same, -math.inf)
-        far.diagonal(block.start - own.start).fill_(-math.inf)  # nobody is their own positive
+        far = (product[:, own] + (high - low)[own]).masked_fill_(~same, -math.inf)  # oneself is the nearest of these
         product[:, own].masked_fill_(same, math.inf)
         bound[block] = far.amax(1) + high[block] - (product.amin(1) + low[block]).clamp_min(0) + margin
     return torch.empty_like(bound).index_copy_(0, order, bound).nan_to_num(math.inf, math.inf, -math.inf).cpu()

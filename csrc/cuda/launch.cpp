@@ -67,7 +67,7 @@ Loss forward(TripletForwardParams params, const at::Tensor& like, bool indexed) 
   at::Tensor loss = none ? at::empty({params.count}, acc) : at::empty({}, acc);
   at::Tensor distances = at::empty({params.measure.swap ? 3 : 2, params.count}, acc);
   at::Tensor stats = at::empty({kStats}, like.options().dtype(at::kDouble));
-  // The ticket lies behind the sums, and is cleared by the copy engine: a launch less.
+  // The ticket lies behind the sums. A memset is no kernel: a launch less than at::zeros.
   const int64_t sums = triplet_blocks(params.count) * kStats;
   const at::Tensor partial = at::empty({sums + 1}, stats.options());
   params.partial = partial.mutable_data_ptr<double>();

@@ -427,24 +427,23 @@ class _Sides(NamedTuple):
 
 
 def _sides(embeddings: Tensor, references: Tensor, distance: str) -> _Sides:
-    wide = wide_dtype(embeddings.device)
-    rows, inverse, lack, finite = [], [], [], []
-    for source in (embeddings, references):
-        x = source.to(wide)
+    def side(source: Tensor, centre: Optional[Tensor]):
+        x = source.to(wide_dtype(source.device))
         good = x.square().sum(1).isfinite()
         x = torch.where(good[:, None], x, 0)  # such rows are seen to at the end, and are not to spoil the others
-        i = lacks = None
         if distance == "cosine":
-            x, i, lacks = _unit(x)
-        rows.append(x)
-        inverse.append(i)
-        lack.append(lacks)
-        finite.append(good)
-    if distance != "cosine" and rows[1].shape[0]:
-        # Differences stay, rounding does not; and small integers stay integers.
-        centre = rows[1][finite[1].to(torch.uint8).argmax()].detach()
-        rows = [x - centre for x in rows]
-    return _Sides(rows[0], rows[1], (inverse[0], inverse[1]), (lack[0], lack[1]), finite[0], finite[1])
+            return *_unit(x), good, None
+        if centre is None and len(x):
+            # Differences stay, rounding does not; and small integers stay integers.
+            centre = x[good.to(torch.uint8).argmax()].detach()
+        return x if centre is None else x - centre, None, None, good, centre
+
+    r, inverse_r, lack_r, finite_r, centre = side(references, None)
+    if references is embeddings:
+        x, inverse_x, lack_x, finite_x = r, inverse_r, lack_r, finite_r
+    else:
+        x, inverse_x, lack_x, finite_x, _ = side(embeddings, centre)
+    return _Sides(x, r, (inverse_x, inverse_r), (lack_x, lack_r), finite_x, finite_r)
 
 
 def _block_distances(sides: _Sides, rows: slice, distance: str) -> Tensor:

@@ -740,7 +740,9 @@ def mined_triplet_loss_backward(
     others, other_labels, offset = _alone(*batch)
     sides = _sides(embeddings, others, distance)
     x, r = sides.x, sides.r
-    own, other = [], torch.zeros_like(r)
+    (inverse_x, inverse_r), (lack_x, lack_r) = sides.inverse, sides.lack
+    own, pulled = [], torch.zeros_like(r)  # W^T x
+    column = along_r = r.new_zeros(r.shape[0])  # sums of W, and of W d, over the anchors
     if others.shape[0]:
         for rows, d, _, found in _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure):
             w = found.weights * weight[rows, None]
@@ -748,17 +750,18 @@ def mined_triplet_loss_backward(
                 w = torch.where(d == 0, w * 0, w / torch.where(d == 0, 1, d))
             elif distance == "squared_euclidean":
                 w = 2 * w
-            a, (row, column) = x[rows], (w.sum(1, keepdim=True), w.sum(0)[:, None])
-            if distance == "cosine":
-                (inverse_x, inverse_r), (lack_x, lack_r) = sides.inverse, sides.lack
-                assert inverse_x is not None and inverse_r is not None and lack_x is not None and lack_r is not None
+            a, row = x[rows], w.sum(1, keepdim=True)
+            pulled, column = torch.addmm(pulled, w.T, a), column + w.sum(0)
+            if inverse_x is not None and lack_x is not None:  # the cosine distance
+                along_r = along_r + (w * d).sum(0)
                 along = torch.where(lack_x[rows] > 0, row, (w * d).sum(1, keepdim=True))
-                along_r = torch.where(lack_r > 0, column, (w * d).sum(0)[:, None])
                 own.append(inverse_x[rows] * (row * a - w @ r - along * a))
-                other = other + inverse_r * (column * r - w.T @ a - along_r * r)
             else:
                 own.append(row * a - w @ r)
-                other = other + column * r - w.T @ a
+    column, along_r = column[:, None], along_r[:, None]
+    other = column * r - pulled
+    if inverse_r is not None and lack_r is not None:
+        other = inverse_r * (other - torch.where(lack_r > 0, column, along_r) * r)
     total = torch.cat(own) if own else torch.zeros_like(x)
     total = torch.where(sides.finite_x[:, None], total, math.nan)
     if references is None:

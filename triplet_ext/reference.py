@@ -741,7 +741,7 @@ def mined_triplet_loss_backward(
     sides = _sides(embeddings, others, distance)
     x, r = sides.x, sides.r
     (inverse_x, inverse_r), (lack_x, lack_r) = sides.inverse, sides.lack
-    own, pulled = [], torch.zeros_like(r)  # W^T x
+    total, pulled = torch.zeros_like(x), torch.zeros_like(r)  # the latter W^T x
     column = along_r = r.new_zeros(r.shape[0])  # sums of W, and of W d, over the anchors
     if others.shape[0]:
         for rows, d, _, found in _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure):
@@ -755,14 +755,13 @@ def mined_triplet_loss_backward(
             if inverse_x is not None and lack_x is not None:  # the cosine distance
                 along_r = along_r + (w * d).sum(0)
                 along = torch.where(lack_x[rows] > 0, row, (w * d).sum(1, keepdim=True))
-                own.append(inverse_x[rows] * (row * a - w @ r - along * a))
+                total[rows] = inverse_x[rows] * (row * a - w @ r - along * a)
             else:
-                own.append(row * a - w @ r)
+                total[rows] = row * a - w @ r
     column, along_r = column[:, None], along_r[:, None]
     other = column * r - pulled
     if inverse_r is not None and lack_r is not None:
         other = inverse_r * (other - torch.where(lack_r > 0, column, along_r) * r)
-    total = torch.cat(own) if own else torch.zeros_like(x)
     total = torch.where(sides.finite_x[:, None], total, math.nan)
     if references is None:
         return (total + other).to(embeddings.dtype), absent

@@ -11,8 +11,10 @@ import torch
 from . import _ops, reference
 
 
-def _differentiable() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _backward(name: str):
+    """The operator of a gradient; or, where a graph of it is asked for, its reference."""
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return getattr(reference if differentiable else _ops, name)
 
 
 class ExplicitTripletLoss(torch.autograd.Function):
@@ -29,8 +31,7 @@ class ExplicitTripletLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         grads = (None, None, None)
         if grad is not None:
-            backward = reference.triplet_loss_backward if _differentiable() else _ops.triplet_loss_backward
-            grads = backward(grad, *ctx.saved_tensors, *ctx.options)
+            grads = _backward("triplet_loss_backward")(grad, *ctx.saved_tensors, *ctx.options)
         return *grads, *(None,) * len(ctx.options)
 
 
@@ -49,10 +50,7 @@ class IndexedTripletLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         own = other = None
         if grad is not None:
-            if _differentiable():
-                backward = reference.indexed_triplet_loss_backward
-            else:
-                backward = _ops.indexed_triplet_loss_backward
+            backward = _backward("indexed_triplet_loss_backward")
             own, other = backward(grad, *ctx.saved_tensors, *ctx.options)
             if ctx.saved_tensors[1] is None:
                 other = None
@@ -73,10 +71,7 @@ class MinedTripletLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         own = other = None
         if grad is not None:
-            if _differentiable():
-                backward = reference.mined_triplet_loss_backward
-            else:
-                backward = _ops.mined_triplet_loss_backward
+            backward = _backward("mined_triplet_loss_backward")
             *batch, stats = ctx.saved_tensors
             own, other = backward(grad, *batch, ctx.offset, stats, *ctx.options)
             if batch[2] is None:

@@ -373,9 +373,8 @@ def select_hardest(embeddings, labels, references, reference_labels, reference_o
     finite comes before all others on both sides.
     """
     wide = wide_dtype(embeddings.device)
-    if references is None:
-        references, reference_labels, reference_offset = embeddings, labels, 0
-    x, r = embeddings.to(wide), references.to(wide)
+    others, other_labels, offset = _alone(embeddings, labels, references, reference_labels, reference_offset)
+    x, r = embeddings.to(wide), others.to(wide)
     tie, lack_x, lack_r = 0.0, None, None
     if distance == "cosine":
         x, _, lack_x = _unit(x)
@@ -386,18 +385,11 @@ def select_hardest(embeddings, labels, references, reference_labels, reference_o
     negative = positive.clone()
     if total == 0:
         return positive, negative
-    step = max(1, _BLOCK_BYTES // (8 * total))
-    column = torch.arange(total, device=x.device)
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
+    for rows in _blocks(count, total, _BLOCK_BYTES):
         d = _differences(x[rows], r, embeddings.dtype)
         if lack_x is not None and lack_r is not None:
             d = (d.square() + lack_x[rows] + lack_r.T) / 2
-        same = labels[rows, None] == reference_labels
-        is_positive, is_negative = same, ~same
-        if reference_offset is not None:
-            own = torch.arange(rows.start, rows.stop, device=x.device) + reference_offset
-            is_positive = same & (column != own[:, None])
+        is_positive, is_negative = _kinds(labels, other_labels, offset, rows)
         finite = d.isfinite()
         farthest = torch.where(finite, d, math.inf).masked_fill(~is_positive, -1)
         nearest = torch.where(finite, d, -1).masked_fill(~is_negative, math.inf)
@@ -515,8 +507,9 @@ def _columns(taken: Tensor) -> tuple[Tensor, Tensor]:
     return columns.index_put((row, rank), column), there
 
 
-def _blocks(count: int, total: int):
-    step = max(1, _MINED_BYTES // (8 * max(1, total)))
+def _blocks(count: int, total: int, size: int = _MINED_BYTES):
+    """Anchors in turn, as many as have `size` bytes of distances."""
+    step = max(1, size // (8 * max(1, total)))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
@@ -720,13 +713,15 @@ def mined_triplet_loss_backward(
     batch = (embeddings, labels, references, reference_labels, reference_offset)
     wide, count = wide_dtype(embeddings.device), embeddings.shape[0]
     weight = _spread(grad, stats, count, wide, reduction)
-    absent = embeddings.new_empty(0)
     if swap:
         a, p, n = enumerate_triplets(*batch, distance, positive, negative)
-        inputs = (embeddings, references, a, p, n)
         own, other = indexed_triplet_loss_backward(
             weight[a].to(accumulation_dtype(embeddings.dtype)),
-            *inputs,
+            embeddings,
+            references,
+            a,
+            p,
+            n,
             None,
             stats,
             margin,
@@ -764,5 +759,5 @@ def mined_triplet_loss_backward(
         other = inverse_r * (other - torch.where(lack_r > 0, column, along_r) * r)
     total = torch.where(sides.finite_x[:, None], total, math.nan)
     if references is None:
-        return (total + other).to(embeddings.dtype), absent
+        return (total + other).to(embeddings.dtype), embeddings.new_empty(0)
     return total.to(embeddings.dtype), other.to(references.dtype)

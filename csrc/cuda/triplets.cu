@@ -48,12 +48,12 @@ __device__ Unit<Acc<E>> unit_of(Row<E, N> row, int64_t depth, int lane) {
   return unit_of_square(warp_sum(square));
 }
 
-// What a p-norm adds up (or, for p = inf, takes the largest of) for one difference.
+// Norms other than the Euclidean: what they add up (or, for p = inf, take the largest of) for one difference.
 template <typename T>
 __device__ __forceinline__ T p_term(T difference, T p) {
   const T d = fabs(difference);
   if (p == 0) return d != 0;
-  return p == 1 || isinf(p) ? d : p == 2 ? d * d : T(pow(d, p));
+  return p == 1 || isinf(p) ? d : T(pow(d, p));
 }
 
 template <typename T>
@@ -63,7 +63,7 @@ __device__ __forceinline__ T p_combine(T s, T d, T p) {
 
 template <typename T>
 __device__ __forceinline__ T p_root(T s, T p) {
-  return p == 0 || p == 1 || isinf(p) ? s : p == 2 ? T(sqrt(s)) : T(pow(s, 1 / p));
+  return p == 0 || p == 1 || isinf(p) ? s : T(pow(s, 1 / p));
 }
 
 template <typename T>

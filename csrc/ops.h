@@ -75,4 +75,34 @@ std::tuple<at::Tensor, at::Tensor> select_hardest_cpu(const at::Tensor& embeddin
                                                       std::string_view distance);
 decltype(select_hardest_cpu) select_hardest_cuda;
 
+// Every other strategy: a rule for positives ("hard", "easy", "all") and one for negatives ("hard", "semi_hard",
+// "all"); arguments as above. Distances are taken in `acc` from centred rows, and from differences where the rows are
+// close, so that equal rows tie exactly.
+
+// One positive (hard or easy) and one negative (hard or semi_hard) of each anchor: [B] int64 each, -1 where there is
+// none; ties and rows that are not finite as above.
+std::tuple<at::Tensor, at::Tensor> select_pair_cpu(const at::Tensor& embeddings, const at::Tensor& labels,
+                                                   const OptionalTensor& references,
+                                                   const OptionalTensor& reference_labels,
+                                                   std::optional<int64_t> reference_offset, std::string_view distance,
+                                                   std::string_view positive, std::string_view negative);
+
+// The loss of all triplets of a strategy, for each of which at least one rule is "all".
+// Returns
+//   loss   [] or, with reduction "none", [B]: the sum of each anchor's losses; acc
+//   saved  [B, max(D, ceil(R / 1024))] int32: what a forward has to tell its own backward
+//   stats  [5] float64, as triplet_loss
+Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+                            const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset,
+                            std::string_view positive, std::string_view negative, double margin,
+                            std::string_view distance, bool swap, bool soft_margin, std::string_view reduction);
+
+// Returns the gradient of the embeddings, [B, D], and of the references, [R, D] ([0] where they are absent); the same
+// bits whatever the number of threads.
+std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
+    const at::Tensor& grad, const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+    const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset, const at::Tensor& saved,
+    const at::Tensor& stats, std::string_view positive, std::string_view negative, double margin,
+    std::string_view distance, bool swap, bool soft_margin, std::string_view reduction);
+
 }  // namespace triplet_ext

@@ -172,9 +172,9 @@ def test_compiles_and_passes_opcheck(rng, rules):
     options = (*rules, 0.5, "euclidean", False, False, "mean")
     plain = x.detach()
     torch.library.opcheck(_ops.mined_triplet_loss, (plain, y, None, None, None, *options))
-    stats = _ops.mined_triplet_loss(plain, y, None, None, None, *options)[1]
+    _, saved, stats = _ops.mined_triplet_loss(plain, y, None, None, None, *options)
     grad = torch.ones(())
-    torch.library.opcheck(_ops.mined_triplet_loss_backward, (grad, plain, y, None, None, None, stats, *options))
+    torch.library.opcheck(_ops.mined_triplet_loss_backward, (grad, plain, y, None, None, None, saved, stats, *options))
     if "all" not in rules:
         torch.library.opcheck(_ops.select_pair, (plain, y, None, None, None, "euclidean", *rules))
 

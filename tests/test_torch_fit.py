@@ -185,8 +185,8 @@ def samples(device):
         ((x, y, r, z, 2), ("easy", "all"), (0.5, "squared_euclidean", False, False, "mean_active")),
     ):
         yield _ops.mined_triplet_loss, (*batch, *rules, *measure)
-        loss, stats = _ops.mined_triplet_loss(*batch, *rules, *measure)
-        yield _ops.mined_triplet_loss_backward, (loss, *batch, stats, *rules, *measure)
+        loss, saved, stats = _ops.mined_triplet_loss(*batch, *rules, *measure)
+        yield _ops.mined_triplet_loss_backward, (loss, *batch, saved, stats, *rules, *measure)
 
 
 def test_opcheck(device, backend):

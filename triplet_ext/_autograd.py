@@ -60,8 +60,9 @@ class IndexedTripletLoss(torch.autograd.Function):
 class MinedTripletLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embeddings, labels, references, reference_labels, offset, *options):
-        loss, stats = _ops.mined_triplet_loss(embeddings, labels, references, reference_labels, offset, *options)
-        ctx.save_for_backward(embeddings, labels, references, reference_labels, stats)
+        batch = (embeddings, labels, references, reference_labels)
+        loss, saved, stats = _ops.mined_triplet_loss(*batch, offset, *options)
+        ctx.save_for_backward(*batch, saved, stats)
         ctx.offset, ctx.options = offset, options
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -72,8 +73,8 @@ class MinedTripletLoss(torch.autograd.Function):
         own = other = None
         if grad is not None:
             backward = _backward("mined_triplet_loss_backward")
-            *batch, stats = ctx.saved_tensors
-            own, other = backward(grad, *batch, ctx.offset, stats, *ctx.options)
+            *batch, saved, stats = ctx.saved_tensors
+            own, other = backward(grad, *batch, ctx.offset, saved, stats, *ctx.options)
             if batch[2] is None:
                 other = None
         return own, None, other, None, None, *(None,) * len(ctx.options)

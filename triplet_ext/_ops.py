@@ -38,8 +38,8 @@ SCHEMAS = {
     " -> (Tensor grad_embeddings, Tensor grad_references)",
     "select_hardest": f"({_BATCH}, str distance) -> (Tensor positive, Tensor negative)",
     "select_pair": f"({_BATCH}, str distance, {_RULES}) -> (Tensor positive, Tensor negative)",
-    "mined_triplet_loss": f"({_BATCH}, {_RULES}, {_INDEXED}) -> (Tensor loss, Tensor stats)",
-    "mined_triplet_loss_backward": f"(Tensor grad, {_BATCH}, Tensor stats, {_RULES}, {_INDEXED})"
+    "mined_triplet_loss": f"({_BATCH}, {_RULES}, {_INDEXED}) -> (Tensor loss, Tensor saved, Tensor stats)",
+    "mined_triplet_loss_backward": f"(Tensor grad, {_BATCH}, Tensor saved, Tensor stats, {_RULES}, {_INDEXED})"
     " -> (Tensor grad_embeddings, Tensor grad_references)",
 }
 
@@ -93,9 +93,9 @@ def _(embeddings, *rest):
 
 
 @torch.library.register_fake("triplet_ext::mined_triplet_loss", lib=_library)
-def _(embeddings, *rest):
+def _(embeddings, labels, references, *rest):
     loss, _, stats = _fake_forward(embeddings, embeddings.shape[0], False, rest[-1])
-    return loss, stats
+    return loss, reference.room_for_backward(embeddings, references), stats
 
 
 @torch.library.register_fake("triplet_ext::mined_triplet_loss_backward", lib=_library)

@@ -651,6 +651,14 @@ def enumerate_triplets(
     return tuple(torch.cat(found, 1).unbind())
 
 
+def room_for_backward(embeddings: Tensor, references: Optional[Tensor]) -> Tensor:
+    """int32 [B, max(D, R / 1024)], so no larger than the embeddings: what a kernel's forward has to tell its own
+    backward. The reference says nothing."""
+    total = (embeddings if references is None else references).shape[0]
+    width = torch.sym_max(embeddings.shape[1], (total + 1023) // 1024)
+    return embeddings.new_zeros((embeddings.shape[0], width), dtype=torch.int32)
+
+
 def mined_triplet_loss(
     embeddings,
     labels,
@@ -665,7 +673,7 @@ def mined_triplet_loss(
     soft_margin,
     reduction,
 ):
-    """The loss of a strategy's triplets, [] or [B] of the anchors' sums, and the statistics."""
+    """The loss of a strategy's triplets, [] or [B] of the anchors' sums, room for the backward, and the statistics."""
     measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
     batch = (embeddings, labels, references, reference_labels, reference_offset)
     wide, count = wide_dtype(embeddings.device), embeddings.shape[0]
@@ -677,7 +685,7 @@ def mined_triplet_loss(
         losses = _scatter(a, losses[:, None], count).squeeze(1)
         finite = embeddings.isfinite().all(1)
         losses = torch.where(finite, losses, math.nan)
-        return _reduce(losses, stats, reduction), stats
+        return _reduce(losses, stats, reduction), room_for_backward(embeddings, references), stats
     others, other_labels, offset = _alone(*batch)
     sides = _sides(embeddings, others, distance)
     losses = torch.zeros(count, dtype=wide, device=embeddings.device)
@@ -690,7 +698,8 @@ def mined_triplet_loss(
     else:
         losses = torch.where(sides.finite_x, losses, math.nan)
     stats = torch.cat((sums[:3], sums[3:] / sums[1]))
-    return _reduce(losses, stats, reduction).to(accumulation_dtype(embeddings.dtype)), stats
+    loss = _reduce(losses, stats, reduction).to(accumulation_dtype(embeddings.dtype))
+    return loss, room_for_backward(embeddings, references), stats
 
 
 def mined_triplet_loss_backward(
@@ -700,6 +709,7 @@ def mined_triplet_loss_backward(
     references,
     reference_labels,
     reference_offset,
+    saved,
     stats,
     positive,
     negative,

@@ -76,7 +76,7 @@ def extension(mode, record):
 
     # No -std: torch's build helper passes the one that its headers need. No -march: the kernels choose their
     # instruction set at run time.
-    flags = ["-O3", "-ffp-contract=fast", "-fvisibility=hidden"]
+    flags = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
     if "OpenMP" in torch.__config__.parallel_info() and sys.platform.startswith("linux"):
         # Compiled in, but not linked: at run time the symbols come from the OpenMP runtime that torch brought
         # along. A second runtime would have threads, and a number of threads, of its own.

@@ -15,6 +15,9 @@ TORCH_LIBRARY_IMPL(triplet_ext, CPU, m) {
   m.impl("indexed_triplet_loss", &indexed_triplet_loss_cpu);
   m.impl("indexed_triplet_loss_backward", &indexed_triplet_loss_backward_cpu);
   m.impl("select_hardest", &select_hardest_cpu);
+  m.impl("select_pair", &select_pair_cpu);
+  m.impl("mined_triplet_loss", &mined_triplet_loss_cpu);
+  m.impl("mined_triplet_loss_backward", &mined_triplet_loss_backward_cpu);
 }
 
 #if defined(TRIPLET_EXT_CUDA)

@@ -35,9 +35,11 @@ template <typename T>
 struct Panels {
   const T* data;         // [panels, depth, panel]
   const T* bias;         // [panels * panel]: half the squared norm
+  const T* half_lack;    // [panels * panel]: the part of the bias that is no square; nullptr: none
   const Lane<T>* group;  // [panels * panel]: class, ascending; kNoGroup
   const Lane<T>* first;  // [panels]: the lowest class of a panel
   const Lane<T>* last;   // [panels]: the highest
+  const uint8_t* gaps;   // [panels]: whether some of its rows have no class
   int64_t depth;
 };
 constexpr int kNoGroup = -1;
@@ -86,6 +88,61 @@ struct Doubtful {
   int64_t negative, positive;                   // running best, original index, -1: none
 };
 
+// --- the strategies: anchors against all references, a panel of anchors at a time. Their visitors see
+//
+//     y = -(|x - r|^2 + lacks) / 2    or, with `root`,    y = -|x - r|
+//
+// of the packed rows, so that the nearest is the largest. It is taken from the product, and from the differences where
+// these are small: a function of the two rows and nothing else, so that equal rows tie.
+
+// Both sides of a batch.
+template <typename T>
+struct Pairing {
+  Panels<T> a, b;
+  bool root;
+};
+
+// What an anchor's negatives are compared with, ascending. A negative is active for the thresholds below its y, and
+// semi-hard for those above.
+template <typename T>
+struct Thresholds {
+  const T* values = nullptr;  // then infinity, up to a power of two less 1
+  const T* sums = nullptr;    // [count + 1]: of the first so many; not for the search of the best
+  Lane<T> count = 0;          // 0: no anchor
+};
+// From more thresholds than this on, they are searched by halves.
+constexpr int kFewThresholds = 16;
+
+// What the loss takes of an anchor's negatives.
+struct Excess {
+  double loss = 0;      // the sum of max(0, y - threshold), or of log(1 + exp(unit * (y - threshold)))
+  double distance = 0;  // the sum of y
+  int64_t active = 0;   // triplets with a loss above 0
+};
+
+// For each threshold, the largest y below it. Beyond kFewThresholds, of those y that are not below the threshold before
+// as well.
+template <typename T>
+struct Nearest {
+  T* y;             // [count]
+  Lane<T>* index;   // [count]: packed reference, -1 none
+  T farthest;       // and the smallest of all
+  Lane<T> farthest_index;
+};
+
+// Which tiles of kTileRows anchors and one panel hold something: a bit each, `words` of 32 to kTileRows anchors.
+struct Marks {
+  uint32_t* bits;
+  int64_t words;
+};
+
+// dloss / dy of tiles, those that are not marked undefined: [tile rows' groups][panels][tile rows][panel].
+template <typename T>
+struct Weights {
+  T* tiles;
+  int64_t panels;
+};
+
 // Everything that one chunk of triplets needs. Index pointers are nullptr where row t belongs to triplet t.
 template <typename T>
 struct TripletTask {
@@ -129,6 +186,29 @@ struct Kernels {
   // The same again for up to `panel` anchors in doubt, whose rows and biases one panel holds.
   void (*settle)(const T* panel, const T* bias, const Panels<T>& b, int64_t b_panels, const Exact<T>& exact,
                  Doubtful<T>* doubtful, int count);
+
+  // y of one tile's rows, from packed row i on, and panels [begin, end): [tile rows][(end - begin) * panel].
+  void (*row_distances)(const Pairing<T>& pairing, int64_t i, int64_t begin, int64_t end, T* y);
+  // The squared norm of a difference.
+  T (*squared_distance)(const T* x, const T* y, int64_t depth);
+  // One panel of anchors against panels [begin, end), negatives only. thresholds, excess, nearest: [panel]; marks and
+  // weights: of this panel of anchors.
+  //   excess   adds to `excess`, and marks the tiles with an active triplet
+  //   nearest  improves `nearest`; ties to the lowest `original`
+  //   weigh    writes the tiles that are marked, the sums of an anchor's weights of each threshold to `pulls` [count]
+  void (*excess)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
+                 bool soft, double unit, Excess* excess, Marks marks);
+  void (*nearest)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
+                  const int64_t* original, Nearest<T>* nearest);
+  void (*weigh)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
+                bool soft, double unit, const T* weight, double* const* pulls, Marks marks, Weights<T> weights);
+  // With the weights w of the marked tiles: out of an anchor -= w row of the reference, panels [begin, end) for one
+  // tile's rows of anchors; and the other way round for one panel of references and `groups` tiles' rows of anchors.
+  // `rows` and `out` are `width` wide, a multiple of the panel. Adds the weights' sums to `sums`.
+  void (*pull_anchors)(Weights<T> weights, Marks marks, int64_t begin, int64_t end, const T* rows, int64_t width,
+                       T* out, T* sums);
+  void (*pull_references)(Weights<T> weights, Marks marks, int64_t groups, int64_t panel, const T* rows, int64_t width,
+                          T* out, T* sums);
 
   // Triplets [begin, end): writes distances and, where not nullptr, losses; returns sums over them.
   void (*forward)(const TripletTask<T>& task, int64_t begin, int64_t end, T* losses, double* sums);

@@ -382,10 +382,14 @@ TRIPLET_INLINE void multiply(const T* a, const T* b, int64_t depth,
 
 // Calls visit(tile, i, j, bp) with the values -d/2 of every tile of the block in which row i is the tile's
 // first, row j its first column, and bp the panel of b; begin(i, panel) and end(i) around the tiles of each
-// kTileRows rows of a. With `symmetric`, tiles below the diagonal are skipped.
-template <typename T, typename Begin, typename Visit, typename End>
+// kTileRows rows of a. With `symmetric`, tiles below the diagonal are skipped, and where there is a `wanted`, those for
+// which wanted(i, bp) is false.
+struct Always {
+  __attribute__((always_inline)) bool operator()(int64_t, int64_t) const { return true; }
+};
+template <typename T, typename Begin, typename Visit, typename End, typename Wanted = Always>
 TRIPLET_INLINE void walk(const T* a_data, const T* a_bias, const Panels<T>& b, bool symmetric, Block block, Begin begin,
-                         Visit visit, End end) {
+                         Visit visit, End end, Wanted wanted = {}) {
   using V = typename Simd<T>::V;
   constexpr int P = kPanel<T>, W = kWidth<T>;
   for (int64_t ap = block.a_begin; ap < block.a_end; ++ap) {
@@ -393,6 +397,7 @@ TRIPLET_INLINE void walk(const T* a_data, const T* a_bias, const Panels<T>& b, b
     for (int64_t i = ap * P; i < (ap + 1) * P; i += kTileRows) {
       begin(i, ap);
       for (int64_t bp = from; bp < block.b_end; ++bp) {
+        if (!wanted(i, bp)) continue;
         V tile[kTileRows][kTileVectors];
         multiply(a_data + ap * P * b.depth + (i - ap * P), b.data + bp * P * b.depth, b.depth, tile);
 #pragma GCC unroll 4
@@ -579,10 +584,13 @@ static void settle(const T* panel, const T* bias, const Panels<T>& b, int64_t b_
   }
 }
 
+#include "strategies_impl.h"
+
 template <typename T>
 static constexpr Kernels<T> make_kernels() {
-  return {kPanel<T>,  kTileRows, inspect<T>, square<T>,   pack<T>,
-          hardest<T>, settle<T>, forward<T>, backward<T>, gather<T>};
+  return {kPanel<T>,        kTileRows,           inspect<T>, square<T>,  pack<T>,  hardest<T>,      settle<T>,
+          row_distances<T>, squared_distance<T>, excess<T>,  nearest<T>, weigh<T>, pull_anchors<T>, pull_references<T>,
+          forward<T>,       backward<T>,         gather<T>};
 }
 
 }  // namespace

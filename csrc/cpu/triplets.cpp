@@ -18,8 +18,6 @@ constexpr int64_t kSerialElements = 1 << 17;  // below this, starting threads co
 
 int64_t grain(int64_t elements_each) { return std::max<int64_t>(1, kSerialElements / (elements_each + 1)); }
 
-const int64_t* index_of(const at::Tensor& index) { return index.const_data_ptr<int64_t>(); }
-
 int64_t distinct(const int64_t* index, int64_t count) {
   std::vector<bool> seen(count ? *std::max_element(index, index + count) + 1 : 0);
   int64_t found = 0;
@@ -56,33 +54,9 @@ Loss forward(TripletTask<T> task, Reduction reduction) {
   s[kActive] = total[kSumActive];
   s[kPositiveDistance] = total[kSumPositive] / total[kSumTriplets];
   s[kNegativeDistance] = total[kSumNegative] / total[kSumTriplets];
-  if (!none) {
-    double value = total[kSumLoss];
-    if (reduction == Reduction::Mean) value /= std::max(1.0, s[kTriplets]);
-    if (reduction == Reduction::MeanActive) value /= std::max(1.0, s[kActive]);
-    *loss.mutable_data_ptr<T>() = T(value);
-  }
+  if (!none) *loss.mutable_data_ptr<T>() = T(reduced(total[kSumLoss], s, reduction));
   return {loss, distances, stats};
 }
-
-// The gradient of the loss as the kernels take it: weight[t * step] * scale.
-template <typename T>
-struct Weight {
-  at::Tensor values;
-  int64_t step;
-  T scale;
-
-  Weight(const at::Tensor& grad, const at::Tensor& stats, Reduction reduction)
-      : values(grad.to(c10::CppTypeToScalarType<T>::value).contiguous()),
-        step(reduction == Reduction::None ? 1 : 0),
-        scale(1) {
-    const double* s = stats.const_data_ptr<double>();
-    if (reduction == Reduction::Mean) scale = T(1 / std::max(1.0, s[kTriplets]));
-    if (reduction == Reduction::MeanActive) scale = T(1 / std::max(1.0, s[kActive]));
-  }
-  const T* data() const { return values.const_data_ptr<T>(); }
-  T of(int64_t t) const { return data()[t * step] * scale; }
-};
 
 // --- indexed triplets -----------------------------------------------------------------------------------------
 

@@ -117,6 +117,80 @@ struct TileParams {
 
 constexpr int64_t kTileRows = 128, kTileChunk = 64;
 
+// --- every other strategy ---------------------------------------------------------------------------------------
+
+enum class PositiveRule : int32_t { Hard, Easy, All };
+enum class NegativeRule : int32_t { Hard, SemiHard, All };
+
+// Anchors and references are counted by their place in the order of their labels ("packed"); a class of references is
+// then a range.
+struct MinedSide {
+  Matrix rows;                 // as given
+  const int64_t* labels;       // [rows] ascending
+  const int64_t* order;        // [rows] packed -> given
+  const void *inverse, *lack;  // as in SelectParams, by given row
+  uint8_t* finite;             // [rows] given
+};
+
+// Of an anchor: its class among the packed references, and those of it that may be its positives (itself among them),
+// which are none where the anchor has no triplet.
+struct alignas(16) Reach {
+  int32_t low, high, begin, end;
+};
+
+// What anchors have found about their positives number `first` and on, by packed anchor. A positive that there is not,
+// or that is the anchor itself, is a hole: a = -inf, b = 0, n = -1.
+struct Entries {
+  // acc [slots, B]. Of all negatives: d_ap + m, and dloss/dd_ap. Of one a pair: d_ap and d_an.
+  void *a, *b;
+  int32_t* n;       // [slots, B] of one negative a pair: its packed row; null for others
+  int32_t* chosen;  // [B] of one positive an anchor: its packed row, -1 if there is none; null for others
+  int64_t first, slots;
+};
+
+struct MinedParams {
+  MinedSide x, r;  // the same if not `apart`
+  bool apart;
+  bool selects;  // anchors that lack a positive or a negative count, too
+  int64_t depth, offset;
+  PositiveRule positive;
+  NegativeRule negative;
+  Measure measure;
+  Reduction reduction;
+  Reach* reach;        // [B] packed
+  uint8_t* bad;        // [B] packed: the row itself or a reference in its triplets is not finite
+  int32_t* most;       // [(B + 31) / 32] the most positives that an anchor of each 32 has, itself counted
+  unsigned* counters;  // [kMinedCounters], zero before
+  int64_t chunk;       // positives an anchor that are held in shared memory at a time, at most kMostChunk
+};
+enum MinedCounter : int { kNotFinite, kBad, kLargest, kTicket, kDone, kMinedCounters };
+constexpr int64_t kMostChunk = 64;
+constexpr int64_t kMinedRows = 32;  // that a block owns
+
+struct MinedForwardParams : MinedParams {
+  void* loss;       // acc [], with Reduction::None [B]
+  double* stats;    // [kStats]
+  double* partial;  // [mined_blocks(B), kMinedSums]
+  Entries saved;    // of the first positives; may have no slots
+};
+constexpr int kMinedSums = kStats + 1;
+
+struct SelectPairParams : MinedParams {
+  int64_t *positive, *negative;  // [B], -1 where there is none
+};
+
+// Positives beyond those that were saved are gone through in rounds of `room.slots`: the anchors find out about them,
+// then each row takes what concerns it. All rounds are one launch.
+struct MinedBackwardParams : MinedParams {
+  const void* grad;  // acc [], with Reduction::None [B]
+  int64_t grad_stride;
+  const double* stats;
+  void *grad_x, *grad_r;  // [B, D], and [R, D] if apart; contiguous
+  void *rest_x, *rest_r;  // the same of half types where rounds add up: what grad_x lost to rounding. May be null.
+  Entries saved, room;
+  int64_t turns;  // items of work that a block takes at most
+};
+
 int64_t triplet_blocks(int64_t count);
 
 // Each returns a cudaError_t; 0 is success.
@@ -129,5 +203,11 @@ int launch_norms(const NormParams& params, Element element, cudaStream_t stream)
 int launch_select_pairs(const SelectParams& params, Element element, cudaStream_t stream);
 // From tiles of the Gram matrix on the tensor cores. Four launches.
 int launch_select_tiles(const TileParams& params, Element element, cudaStream_t stream);
+// Selection and loss of the strategies that aren't batch-hard, and the gradient of those losses. Each is preceded by
+// two or three launches that look at the rows.
+int launch_select_pair(const SelectPairParams& params, Element element, cudaStream_t stream);
+int launch_mined_forward(const MinedForwardParams& params, Element element, cudaStream_t stream);
+int launch_mined_backward(const MinedBackwardParams& params, Element element, int64_t blocks, cudaStream_t stream);
+int64_t mined_blocks(int64_t count);
 
 }  // namespace triplet_ext

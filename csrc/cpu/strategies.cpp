@@ -1,0 +1,717 @@
+// Every strategy but batch-hard. The anchors of a panel go through all references together: first their positives,
+// whose distances become thresholds; then all negatives, tile by tile, compared with these. What a negative adds to the
+// loss and its gradient depends on how many thresholds it passes, so that no pair of a positive and a negative is ever
+// looked at. The gradient is that of the distances' weights W = dloss / dd, a strip of anchors at a time: W times the
+// references for the anchors, and W^T times the anchors for the references, without the tiles in which W is zero.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <utility>
+
+#include "../ops.h"
+#include "batch.h"
+
+namespace triplet_ext {
+namespace {
+
+constexpr int64_t kStripBytes = 8 << 20;  // of weights held at a time
+
+enum class Rule { Hard, Easy, SemiHard, All };
+
+Rule parse_rule(std::string_view name) {
+  if (name == "hard") return Rule::Hard;
+  if (name == "easy") return Rule::Easy;
+  if (name == "semi_hard") return Rule::SemiHard;
+  TORCH_CHECK_VALUE(name == "all", "unknown rule '", std::string(name), "'");
+  return Rule::All;
+}
+
+// Ascending by y, equal ones as they came.
+template <typename T>
+void sort_by_y(std::vector<std::pair<T, Lane<T>>>& pairs) {
+  const auto by_y = [](const auto& p, const auto& q) { return p.first < q.first; };
+  constexpr size_t kFew = 64;
+  if (sizeof(T) != 4 || pairs.size() <= kFew) {
+    std::stable_sort(pairs.begin(), pairs.end(), by_y);
+    return;
+  }
+  // By the bits, made to ascend as the values do, eleven at a time.
+  std::vector<std::pair<uint32_t, Lane<T>>> keys(pairs.size()), next(pairs.size());
+  std::vector<uint32_t> start(3 * 2048);
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    const float y = float(pairs[i].first) + 0.0f;  // -0 is 0
+    uint32_t bits;
+    std::memcpy(&bits, &y, sizeof(bits));
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    keys[i] = {bits, pairs[i].second};
+    for (int pass = 0; pass < 3; ++pass) ++start[pass * 2048 + (bits >> 11 * pass & 2047)];
+  }
+  for (int pass = 0; pass < 3; ++pass) {
+    uint32_t total = 0;
+    for (int b = 0; b < 2048; ++b) total += std::exchange(start[pass * 2048 + b], total);
+    for (const auto& key : keys) next[start[pass * 2048 + (key.first >> 11 * pass & 2047)]++] = key;
+    keys.swap(next);
+  }
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    const uint32_t bits = keys[i].first >> 31 ? keys[i].first & 0x7fffffffu : ~keys[i].first;
+    float y;
+    std::memcpy(&y, &bits, sizeof(y));
+    pairs[i] = {T(y), keys[i].second};
+  }
+}
+
+// What is known of a panel of anchors.
+template <typename T>
+struct Group {
+  struct Anchor {
+    std::vector<std::pair<T, Lane<T>>> positives;  // those taken: y ascending, and the packed reference
+    std::vector<T> values, sums;                   // see Thresholds
+    std::vector<T> nearest;
+    std::vector<Lane<T>> nearest_index;
+    std::vector<double> pulls;  // on each threshold
+  };
+  std::vector<Anchor> anchors;
+  std::vector<Thresholds<T>> thresholds;
+  std::vector<T> distances;
+
+  explicit Group(int64_t panel) : anchors(panel), thresholds(panel) {}
+};
+
+// One pair that a triplet is made of: y, and the packed reference.
+template <typename T>
+struct Taken {
+  T y;
+  Lane<T> index;
+};
+
+template <typename T>
+class Mined {
+ public:
+  Mined(Side<T>& anchors, Side<T>* references, std::optional<int64_t> offset, Rule positive, Rule negative,
+        const Measure& measure)
+      : problem_(anchors, references, offset, measure.distance == Distance::Cosine, std::is_same_v<T, float> ? 40 : 400),
+        a_(problem_.a),
+        r_(problem_.r),
+        pairing_{a_.view(), r_.view(), measure.distance == Distance::Euclidean},
+        positive_(positive),
+        negative_(negative),
+        measure_(measure),
+        class_begin_(a_.count),
+        class_end_(a_.count) {
+    const double scale = problem_.scale;
+    unit_ = problem_.cosine ? 1 : pairing_.root ? 1 / scale : 2 / (scale * scale);
+    block_ = std::max<int64_t>(1, kBlockBytes / (panel() * (a_.depth + 1) * int64_t(sizeof(T))));
+    serial_ = double(a_.count) * double(r_.count) * double(a_.depth + 16) < kSerialProducts;
+    for (int64_t i = 0, begin = 0, end = 0; i < a_.count; ++i) {
+      if (i == 0 || a_.klass[i] != a_.klass[i - 1]) {
+        begin = end;
+        while (begin < r_.count && r_.klass[begin] < a_.klass[i]) ++begin;
+        end = begin;
+        while (end < r_.count && r_.klass[end] == a_.klass[i]) ++end;
+      }
+      class_begin_[i] = begin;
+      class_end_[i] = end;
+      most_ = std::max(most_, positive_ == Rule::All ? positives_of(i) : 1);
+    }
+  }
+
+  const Problem<T>& problem() const { return problem_; }
+
+  // The positive and the negative of each anchor, where the rules take one of each.
+  void select(int64_t* positive, int64_t* negative) const {
+    each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
+      choose_positives(p, group);
+      choose_negatives(p, group);
+      each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
+        positive[a_.order[i]] = r_.order[pos.index];
+        negative[a_.order[i]] = r_.order[neg.index];
+      });
+    });
+    select_not_finite(a_, r_, problem_.self, positive, negative);
+    for (int64_t i = 0; i < a_.count; ++i)
+      if (!has_triplets(i)) positive[a_.order[i]] = negative[a_.order[i]] = -1;
+  }
+
+  struct Sums {
+    std::vector<double> loss, positive, negative;
+    std::vector<int64_t> active, triplets;
+    explicit Sums(int64_t count) : loss(count), positive(count), negative(count), active(count), triplets(count) {}
+  };
+
+  // Of each anchor, in the caller's order. Without `saved`, nothing is kept for the backward.
+  Sums forward(int32_t* saved, int64_t width) const {
+    Sums sums(a_.count);
+    each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
+      choose_positives(p, group);
+      if (negative_ == Rule::All) {
+        add_all(p, group, saved && marks_fit(width) ? reinterpret_cast<uint32_t*>(saved) : nullptr, sums);
+        return;
+      }
+      choose_negatives(p, group);
+      each_triplet(p, group, [&](int64_t i, int64_t rank, Taken<T> pos, Taken<T> neg) {
+        const int64_t o = a_.order[i];
+        const T t = T((neg.y - pos.y) * unit_ + measure_.margin);
+        const T loss = triplet_loss_of(t, measure_);
+        sums.loss[o] += loss;
+        sums.active[o] += loss > 0;
+        sums.positive[o] -= pos.y * unit_;
+        sums.negative[o] -= neg.y * unit_;
+        if (saved && negatives_fit(width) && (rank == 0 || negative_ == Rule::SemiHard))
+          saved[i * width + rank] = int32_t(neg.index);
+      });
+    });
+    const bool references_finite = r_.all_finite();
+    for (int64_t i = 0; i < a_.count; ++i) {
+      const int64_t o = a_.order[i];
+      if (has_triplets(i))
+        sums.triplets[o] = (positive_ == Rule::All ? positives_of(i) : 1) * (negative_ == Rule::All ? negatives_of(i) : 1);
+      if (spoilt(i, references_finite))
+        sums.loss[o] = sums.positive[o] = sums.negative[o] = std::numeric_limits<double>::quiet_NaN();
+    }
+    return sums;
+  }
+
+  // Every triplet of finite rows as three row numbers, where the rules take one negative of a pair; by panels.
+  std::vector<std::vector<int64_t>> triplets() const {
+    std::vector<std::vector<int64_t>> found(a_.panels);
+    each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
+      choose_positives(p, group);
+      choose_negatives(p, group);
+      each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
+        for (int64_t row : {a_.order[i], r_.order[pos.index], r_.order[neg.index]}) found[p].push_back(row);
+      });
+    });
+    return found;
+  }
+
+  // weight: what the loss of each anchor counts. grad_r is not looked at where the anchors are their own references.
+  void backward(const Weight<T>& weight, const int32_t* saved, int64_t width, T* grad_x, T* grad_r) const {
+    const int64_t P = panel(), tile = P * kernels<T>().tile_rows, depth = (a_.depth + P - 1) / P * P;
+    const Buffer<T> x = a_.packed_rows(problem_.scale, problem_.centre, depth);
+    Buffer<T> apart(0);
+    if (!problem_.symmetric) apart = r_.packed_rows(problem_.scale, problem_.centre, depth);
+    const T* r = problem_.symmetric ? x.get() : apart.get();
+    Pulled on_x(a_, depth), on_r(r_, problem_.symmetric ? 0 : depth);
+    Pulled& other = problem_.symmetric ? on_x : on_r;
+
+    const int64_t groups = P / kernels<T>().tile_rows, words = (r_.panels + 31) / 32;
+    const int64_t panel_bytes = std::max<int64_t>(1, P * P * r_.panels * int64_t(sizeof(T)));
+    const int64_t strip = std::clamp<int64_t>(kStripBytes / panel_bytes, 1, a_.panels);
+    const Buffer<T> tiles(strip * groups * r_.panels * tile);
+    std::vector<uint32_t> bits(strip * groups * words);
+    for (int64_t from = 0; from < a_.panels; from += strip) {
+      const int64_t to = std::min(a_.panels, from + strip);
+      std::fill(bits.begin(), bits.end(), 0);
+      const auto strip_of = [&](int64_t p) {
+        return Strip{{tiles.get() + (p - from) * groups * r_.panels * tile, r_.panels},
+                     {bits.data() + (p - from) * groups * words, words}};
+      };
+      each_panel(from, to, [&](int64_t p, Group<T>& group) {
+        const Strip here = strip_of(p);
+        weigh(p, group, weight, saved, width, {x.get(), r, depth}, here);
+        each_block([&](int64_t begin, int64_t end) {
+          for (int64_t g = 0; g < groups; ++g) {
+            const int64_t i = p * P + g * kernels<T>().tile_rows;
+            kernels<T>().pull_anchors({here.weights.tiles + g * r_.panels * tile, r_.panels},
+                                      {here.marks.bits + g * words, words}, begin, end, r, depth,
+                                      on_x.rows.get() + i * depth, on_x.sums.data() + i);
+          }
+        });
+      });
+      const Strip whole = strip_of(from);
+      each(r_.panels, [&](std::atomic<int64_t>& next) {
+        for (int64_t p; (p = next++) < r_.panels;)
+          kernels<T>().pull_references(whole.weights, whole.marks, (to - from) * groups, p, x.get() + from * P * depth,
+                                       depth, other.rows.get() + p * P * depth, other.sums.data() + p * P);
+      });
+    }
+    write(a_, x.get(), on_x, depth, grad_x);
+    if (!problem_.symmetric) write(r_, r, on_r, depth, grad_r);
+    poison(grad_x, grad_r);
+  }
+
+  // Rows that are not finite, and what pulls at them.
+  void poison(T* grad_x, T* grad_r) const {
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    const bool references_finite = r_.all_finite();
+    bool any = false;
+    for (int64_t i = 0; i < a_.count; ++i) {
+      if (!spoilt(i, references_finite)) continue;
+      any = true;
+      std::fill_n(grad_x + a_.order[i] * a_.depth, a_.depth, nan);
+    }
+    if (any) std::fill_n(problem_.symmetric ? grad_x : grad_r, r_.count * r_.depth, nan);
+  }
+
+ private:
+  struct Strip {
+    Weights<T> weights;
+    Marks marks;
+  };
+
+  struct PackedRows {
+    const T *x, *r;
+    int64_t width;
+  };
+
+  // The pulls on the rows of one side, without the part along the row itself, and the sums of their weights.
+  struct Pulled {
+    Buffer<T> rows;
+    std::vector<T> sums;
+    Pulled(const Side<T>& side, int64_t width) : rows(side.panels * panel() * width), sums(side.panels * panel()) {
+      std::fill_n(rows.get(), side.panels * panel() * width, T(0));
+    }
+  };
+
+  static int64_t panel() { return kernels<T>().panel; }
+  int64_t positives_of(int64_t i) const {
+    return class_end_[i] - class_begin_[i] - (problem_.packed_self[i] >= 0);  // an anchor is of its own class
+  }
+  int64_t negatives_of(int64_t i) const { return r_.count - (class_end_[i] - class_begin_[i]); }
+  bool has_triplets(int64_t i) const { return positives_of(i) > 0 && negatives_of(i) > 0; }
+
+  // Whether a row that is not finite is among an anchor's triplets, or is the anchor: it is never left out.
+  bool spoilt(int64_t i, bool references_finite) const {
+    return !a_.finite[a_.order[i]] || (has_triplets(i) && !references_finite);
+  }
+
+  // What `saved` has room for.
+  int64_t words() const { return (r_.panels + 31) / 32; }
+  bool marks_fit(int64_t width) const {
+    const int64_t rows = kernels<T>().tile_rows;
+    return (a_.count + rows - 1) / rows * words() <= a_.count * width;
+  }
+  bool negatives_fit(int64_t width) const { return negative_ == Rule::Hard ? width > 0 : most_ <= width; }
+
+  template <typename F>
+  void each(int64_t tasks, F f) const {
+    const int64_t threads = serial_ ? 1 : std::min<int64_t>(at::get_num_threads(), tasks);
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) f(next);
+    });
+  }
+
+  template <typename F>
+  void each_panel(int64_t from, int64_t to, F f) const {
+    each(to - from, [&](std::atomic<int64_t>& next) {
+      Group<T> group(panel());
+      for (int64_t p; (p = from + next++) < to;) f(p, group);
+    });
+  }
+
+  template <typename F>
+  void each_block(F f) const {
+    for (int64_t begin = 0; begin < r_.panels; begin += block_) f(begin, std::min(r_.panels, begin + block_));
+  }
+
+  void choose_positives(int64_t p, Group<T>& group) const {
+    const int64_t P = panel(), tile_rows = kernels<T>().tile_rows;
+    for (int64_t g = 0; g < P; g += tile_rows) {
+      int64_t begin = r_.count, end = 0;
+      for (int64_t r = g; r < g + tile_rows; ++r) {
+        group.anchors[r].positives.clear();
+        if (!takes_part(p * P + r)) continue;
+        begin = std::min(begin, class_begin_[p * P + r]);
+        end = std::max(end, class_end_[p * P + r]);
+      }
+      if (begin >= end) continue;
+      const int64_t first = begin / P, last = (end + P - 1) / P, stride = (last - first) * P;
+      group.distances.resize(tile_rows * stride);
+      kernels<T>().row_distances(pairing_, p * P + g, first, last, group.distances.data());
+      for (int64_t r = g; r < g + tile_rows; ++r) {
+        const int64_t i = p * P + r;
+        if (takes_part(i)) choose_positives(i, group.distances.data() + (r - g) * stride - first * P, group.anchors[r]);
+      }
+    }
+  }
+
+  void choose_positives(int64_t i, const T* y, typename Group<T>::Anchor& anchor) const {
+    auto& taken = anchor.positives;
+    for (int64_t j = class_begin_[i]; j < class_end_[i]; ++j) {
+      if (j == problem_.packed_self[i] || r_.group.get()[j] == kNoGroup) continue;
+      if (positive_ == Rule::All || taken.empty()) taken.push_back({y[j], Lane<T>(j)});
+      else if (positive_ == Rule::Easy ? y[j] > taken[0].first : y[j] < taken[0].first) taken[0] = {y[j], Lane<T>(j)};
+    }
+    sort_by_y<T>(taken);
+  }
+
+  bool takes_part(int64_t i) const { return i < a_.count && a_.finite[a_.order[i]] && has_triplets(i); }
+
+  // The thresholds of each anchor: its positives' y plus `shift`, or, where only the nearest negative counts, infinity.
+  void set_thresholds(Group<T>& group, T shift) const {
+    for (int64_t r = 0; r < panel(); ++r) {
+      auto& anchor = group.anchors[r];
+      const bool nearest = negative_ == Rule::Hard;
+      const int64_t count = nearest ? !anchor.positives.empty() : int64_t(anchor.positives.size());
+      int64_t room = 1;
+      while (room <= count) room *= 2;
+      anchor.values.assign(room, std::numeric_limits<T>::infinity());
+      anchor.sums.resize(count + 1);
+      anchor.sums[0] = 0;
+      double total = 0;
+      for (int64_t t = 0; t < count && !nearest; ++t) {
+        anchor.values[t] = anchor.positives[t].first + shift;
+        anchor.sums[t + 1] = T(total += anchor.values[t]);
+      }
+      group.thresholds[r] = {anchor.values.data(), anchor.sums.data(), Lane<T>(count)};
+    }
+  }
+
+  T margin_shift() const { return -T(measure_.margin / unit_); }
+
+  void add_all(int64_t p, Group<T>& group, uint32_t* saved, Sums& sums) const {
+    const int64_t P = panel(), groups = P / kernels<T>().tile_rows;
+    std::vector<uint32_t> unsaved(saved ? 0 : groups * words());
+    std::vector<Excess> excess(P);
+    set_thresholds(group, margin_shift());
+    const Marks marks{saved ? saved + p * groups * words() : unsaved.data(), words()};
+    each_block([&](int64_t begin, int64_t end) {
+      kernels<T>().excess(pairing_, p, begin, end, group.thresholds.data(), measure_.soft_margin, unit_, excess.data(),
+                          marks);
+    });
+    for (int64_t r = 0; r < P; ++r) {
+      const auto& taken = group.anchors[r].positives;
+      if (taken.empty()) continue;
+      const int64_t i = p * P + r, o = a_.order[i];
+      double total = 0;
+      for (const auto& positive : taken) total -= positive.first;
+      sums.loss[o] = excess[r].loss * (measure_.soft_margin ? 1 : unit_);
+      if (!std::isfinite(sums.loss[o])) sums.loss[o] = std::numeric_limits<double>::quiet_NaN();
+      sums.active[o] = excess[r].active;
+      sums.positive[o] = total * unit_ * double(negatives_of(i));
+      sums.negative[o] = -excess[r].distance * unit_ * double(taken.size());
+    }
+  }
+
+  // The negative of each pair.
+  void choose_negatives(int64_t p, Group<T>& group) const {
+    const int64_t P = panel();
+    std::vector<Nearest<T>> found(P);
+    set_thresholds(group, T(0));
+    for (int64_t r = 0; r < P; ++r) {
+      auto& anchor = group.anchors[r];
+      const int64_t count = group.thresholds[r].count;
+      anchor.nearest.assign(count, -std::numeric_limits<T>::infinity());
+      anchor.nearest_index.assign(count, Lane<T>(-1));
+      found[r] = {anchor.nearest.data(), anchor.nearest_index.data(), std::numeric_limits<T>::infinity(), Lane<T>(-1)};
+    }
+    each_block([&](int64_t begin, int64_t end) {
+      kernels<T>().nearest(pairing_, p, begin, end, group.thresholds.data(), r_.order.data(), found.data());
+    });
+    for (int64_t r = 0; r < P; ++r) {
+      auto& anchor = group.anchors[r];
+      T best = found[r].farthest;  // where none is below the first threshold
+      Lane<T> index = -1;
+      for (size_t t = 0; t < anchor.nearest.size(); ++t) {
+        // What is below a threshold is below those after it.
+        const T y = anchor.nearest[t];
+        const Lane<T> j = anchor.nearest_index[t];
+        if (j >= 0 && (index < 0 || y > best || (y == best && r_.order[j] < r_.order[index]))) {
+          best = y;
+          index = j;
+        }
+        anchor.nearest[t] = best;
+        anchor.nearest_index[t] = index >= 0 ? index : found[r].farthest_index;
+      }
+    }
+  }
+
+  // The same from what the forward left in `saved`.
+  void recall_negatives(int64_t p, Group<T>& group, const int32_t* saved, int64_t width, const PackedRows& rows) const {
+    for (int64_t r = 0; r < panel(); ++r) {
+      auto& anchor = group.anchors[r];
+      const int64_t i = p * panel() + r;
+      const size_t count = negative_ == Rule::Hard ? !anchor.positives.empty() : anchor.positives.size();
+      anchor.nearest.resize(count);
+      anchor.nearest_index.resize(count);
+      for (size_t t = 0; t < count; ++t) {
+        const Lane<T> j = anchor.nearest_index[t] = saved[i * width + int64_t(t)];
+        T square = kernels<T>().squared_distance(rows.x + i * rows.width, rows.r + j * rows.width, rows.width);
+        for (const auto& [lack, row] : {std::pair(&a_.lack, a_.order[i]), std::pair(&r_.lack, r_.order[j])})
+          if (!lack->empty()) square += T((*lack)[row]);
+        anchor.nearest[t] = pairing_.root ? -std::sqrt(square) : -square / 2;
+      }
+    }
+  }
+
+  // f(anchor, rank of the positive, positive, negative), after choose_negatives.
+  template <typename F>
+  void each_triplet(int64_t p, const Group<T>& group, F f) const {
+    for (int64_t r = 0; r < panel(); ++r) {
+      const auto& anchor = group.anchors[r];
+      for (size_t t = 0; t < anchor.positives.size(); ++t) {
+        const size_t n = negative_ == Rule::Hard ? 0 : t;
+        if (anchor.nearest_index[n] < 0) continue;  // no negative is finite
+        f(p * panel() + r, int64_t(t), Taken<T>{anchor.positives[t].first, anchor.positives[t].second},
+          Taken<T>{anchor.nearest[n], anchor.nearest_index[n]});
+      }
+    }
+  }
+
+  // What a distance's weight is in the product: that of a root is divided by the root, whose derivative at 0 is 0.
+  T pull_of(T weight, T y) const { return !pairing_.root ? weight : y < 0 ? weight / -y : weight * T(0); }
+
+  // The weights of a panel of anchors.
+  void weigh(int64_t p, Group<T>& group, const Weight<T>& weight, const int32_t* saved, int64_t width,
+             const PackedRows& rows, const Strip& strip) const {
+    const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, tile = P * tile_rows;
+    choose_positives(p, group);
+    std::vector<T> own(P);
+    for (int64_t r = 0; r < P; ++r)
+      if (takes_part(p * P + r)) own[r] = weight.of(a_.order[p * P + r]);
+    const auto at = [&](int64_t r, int64_t j) -> T& {
+      const int64_t g = r / tile_rows, panel = j / P;
+      uint32_t& bits = strip.marks.bits[g * words() + panel / 32];
+      T* here = strip.weights.tiles + (g * r_.panels + panel) * tile;
+      if (!(bits >> (panel % 32) & 1)) std::fill_n(here, tile, T(0));
+      bits |= uint32_t(1) << (panel % 32);
+      return here[r % tile_rows * P + j % P];
+    };
+    if (negative_ == Rule::All) {
+      weigh_all(p, group, own, marks_fit(width) ? reinterpret_cast<const uint32_t*>(saved) : nullptr, strip);
+      for (int64_t r = 0; r < P; ++r) {
+        const auto& anchor = group.anchors[r];
+        for (size_t t = 0; t < anchor.positives.size(); ++t) {
+          const auto& [y, j] = anchor.positives[t];
+          if (anchor.pulls[t] != 0) at(r, j) += pull_of(own[r] * T(anchor.pulls[t]), y);
+        }
+      }
+      return;
+    }
+    if (negatives_fit(width)) recall_negatives(p, group, saved, width, rows);
+    else choose_negatives(p, group);
+    each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
+      const T slope = triplet_slope_of(T((neg.y - pos.y) * unit_ + measure_.margin), measure_);
+      if (slope == 0) return;
+      const int64_t r = i - p * P;
+      at(r, pos.index) += pull_of(slope * own[r], pos.y);
+      at(r, neg.index) -= pull_of(slope * own[r], neg.y);
+    });
+  }
+
+  // Those of all negatives, and what pulls at each positive.
+  void weigh_all(int64_t p, Group<T>& group, const std::vector<T>& own, const uint32_t* saved, const Strip& strip) const {
+    const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, groups = P / tile_rows;
+    set_thresholds(group, margin_shift());
+    std::vector<double*> pulls(P);
+    for (int64_t r = 0; r < P; ++r) {
+      auto& anchor = group.anchors[r];
+      anchor.pulls.assign(anchor.positives.size(), 0);
+      pulls[r] = anchor.pulls.data();
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      bool live = false;
+      for (int64_t r = g * tile_rows; r < (g + 1) * tile_rows; ++r) live |= !group.anchors[r].positives.empty();
+      if (!live) continue;
+      uint32_t* bits = strip.marks.bits + g * words();
+      if (saved) std::copy_n(saved + (p * groups + g) * words(), words(), bits);
+      else std::fill_n(bits, words(), ~uint32_t(0));
+    }
+    each_block([&](int64_t begin, int64_t end) {
+      kernels<T>().weigh(pairing_, p, begin, end, group.thresholds.data(), measure_.soft_margin, unit_, own.data(),
+                         pulls.data(), strip.marks, strip.weights);
+    });
+    // Where thresholds are searched, a negative was counted for the last one that it passes.
+    for (auto& anchor : group.anchors)
+      if (!measure_.soft_margin && anchor.pulls.size() > kFewThresholds)
+        for (size_t t = anchor.pulls.size() - 1; t > 0; --t) anchor.pulls[t - 1] += anchor.pulls[t];
+  }
+
+  // The gradient of one side.
+  void write(const Side<T>& side, const T* rows, const Pulled& pulled, int64_t width, T* grad) const {
+    const T factor = problem_.cosine || pairing_.root ? T(1) : T(2 / problem_.scale);
+    at::parallel_for(0, side.count, std::max<int64_t>(1, (1 << 15) / (width + 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t o = side.order[i];
+        const T *x = rows + i * width, *pull = pulled.rows.get() + i * width, sum = pulled.sums[i];
+        T* g = grad + o * side.depth;
+        for (int64_t k = 0; k < side.depth; ++k) g[k] = factor * (sum * x[k] + pull[k]);
+        if (!problem_.cosine || !side.finite[o]) continue;
+        // The part across the unit row, over the norm; below the floor the norm is a constant.
+        const T scale = T(side.scale[o]);
+        const T* source = side.rows.row(o);
+        T along = sum;
+        if (side.lack[o] == 0) {
+          along = 0;
+          for (int64_t k = 0; k < side.depth; ++k) along += g[k] * source[k] * scale;
+        }
+        for (int64_t k = 0; k < side.depth; ++k) g[k] = scale * (g[k] - along * source[k] * scale);
+      }
+    });
+  }
+
+  Problem<T> problem_;
+  const Side<T>&a_, &r_;
+  Pairing<T> pairing_;
+  Rule positive_, negative_;
+  Measure measure_;
+  std::vector<int64_t> class_begin_, class_end_;  // of an anchor's class among the packed references
+  int64_t most_ = 0;                              // positives taken of an anchor
+  double unit_;  // d is -unit y
+  int64_t block_;
+  bool serial_;
+};
+
+// Both sides of a call in the accumulation type, and what is mined from them.
+template <typename T, typename F>
+auto with_mined(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+                const OptionalTensor& reference_labels, std::optional<int64_t> offset, std::string_view positive,
+                std::string_view negative, const Measure& measure, F f) {
+  check_rows(embeddings.size(0), references ? references->size(0) : 0);
+  const at::Tensor x = as_rows(embeddings), y = labels.contiguous();
+  const at::Tensor r = references ? as_rows(*references) : x, z = references ? reference_labels->contiguous() : y;
+  Side<T> anchors = side_of<T>(x, y);
+  std::optional<Side<T>> others;
+  if (references) others = side_of<T>(r, z);
+  return f(Mined<T>(anchors, others ? &*others : nullptr, references ? offset : 0, parse_rule(positive),
+                    parse_rule(negative), measure));
+}
+
+// Triplets of a strategy that takes one negative of a pair, for `swap`: the distance of a positive and a negative is
+// known once both are.
+template <typename T>
+std::array<at::Tensor, 3> listed(const Mined<T>& mined) {
+  const auto panels = mined.triplets();
+  int64_t count = 0, t = 0;
+  for (const auto& rows : panels) count += int64_t(rows.size()) / 3;
+  std::array<at::Tensor, 3> out;
+  int64_t* to[3];
+  for (int side = 0; side < 3; ++side) {
+    out[side] = at::empty({count}, at::TensorOptions(at::kLong));
+    to[side] = out[side].template mutable_data_ptr<int64_t>();
+  }
+  for (const auto& rows : panels)
+    for (size_t i = 0; i < rows.size(); i += 3, ++t)
+      for (int side = 0; side < 3; ++side) to[side][t] = rows[i + side];
+  return out;
+}
+
+// The sums of anchors' triplets, measured with `swap`.
+template <typename T>
+void measure_listed(const Mined<T>& mined, const at::Tensor& embeddings, const OptionalTensor& references,
+                    const Measure& measure, std::string_view distance, typename Mined<T>::Sums& sums) {
+  const auto [a, p, n] = listed(mined);
+  const auto [losses, distances, stats] = indexed_triplet_loss_cpu(embeddings, references, a, p, n, measure.margin,
+                                                                   distance, true, measure.soft_margin, "none");
+  const T *loss = losses.template const_data_ptr<T>(), *d = distances.template const_data_ptr<T>();
+  const int64_t count = a.size(0);
+  std::vector<bool> seen(sums.loss.size());
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t i = index_of(a)[t];
+    if (std::isnan(sums.loss[i])) continue;
+    if (!seen[i]) sums.loss[i] = sums.positive[i] = sums.negative[i] = double(sums.active[i] = 0);
+    seen[i] = true;
+    sums.loss[i] += loss[t];
+    sums.active[i] += loss[t] > 0;
+    sums.positive[i] += d[t];
+    sums.negative[i] += negative_distance_of(d[count + t], d[2 * count + t], true);
+  }
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> select_pair_cpu(const at::Tensor& embeddings, const at::Tensor& labels,
+                                                   const OptionalTensor& references,
+                                                   const OptionalTensor& reference_labels,
+                                                   std::optional<int64_t> reference_offset, std::string_view distance,
+                                                   std::string_view positive, std::string_view negative) {
+  const auto options = at::TensorOptions(at::kLong);
+  at::Tensor p = at::full({embeddings.size(0)}, -1, options), n = at::full({embeddings.size(0)}, -1, options);
+  if (embeddings.size(0) == 0) return {p, n};
+  dispatch(embeddings, [&](auto zero) {
+    const Measure measure{0, 2, 0, parse_distance(distance), false, false};
+    with_mined<decltype(zero)>(embeddings, labels, references, reference_labels, reference_offset, positive, negative,
+                               measure, [&](const auto& mined) {
+                                 mined.select(p.mutable_data_ptr<int64_t>(), n.mutable_data_ptr<int64_t>());
+                               });
+  });
+  return {p, n};
+}
+
+Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+                            const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset,
+                            std::string_view positive, std::string_view negative, double margin,
+                            std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
+  const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
+  return dispatch(embeddings, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t count = embeddings.size(0), total = references ? references->size(0) : count;
+    const int64_t width = std::max(embeddings.size(1), (total + 1023) / 1024);
+    const at::Tensor saved = at::zeros({count, width}, at::TensorOptions(at::kInt));
+    const at::Tensor stats = at::empty({kStats}, at::TensorOptions(at::kDouble));
+    const bool none = parse_reduction(reduction) == Reduction::None;
+    const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
+    const at::Tensor loss = none ? at::empty({count}, options) : at::empty({}, options);
+    double sum[kSums] = {}, anchors = 0;
+    const auto add_up = [&](const auto& sums) {
+      for (int64_t i = 0; i < count; ++i) {
+        anchors += sums.triplets[i] > 0;
+        sum[kSumTriplets] += double(sums.triplets[i]);
+        sum[kSumActive] += double(sums.active[i]);
+        sum[kSumLoss] += sums.loss[i];
+        sum[kSumPositive] += sums.positive[i];
+        sum[kSumNegative] += sums.negative[i];
+        if (none) loss.mutable_data_ptr<T>()[i] = T(sums.loss[i]);
+      }
+    };
+    if (count > 0)
+      with_mined<T>(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
+                    [&](const auto& mined) {
+                      auto sums = mined.forward(swap ? nullptr : saved.mutable_data_ptr<int32_t>(), width);
+                      if (swap) measure_listed<T>(mined, embeddings, references, measure, distance, sums);
+                      add_up(sums);
+                    });
+    double* s = stats.mutable_data_ptr<double>();
+    s[kAnchors] = anchors;
+    s[kTriplets] = sum[kSumTriplets];
+    s[kActive] = sum[kSumActive];
+    s[kPositiveDistance] = sum[kSumPositive] / sum[kSumTriplets];
+    s[kNegativeDistance] = sum[kSumNegative] / sum[kSumTriplets];
+    if (!none) *loss.mutable_data_ptr<T>() = T(reduced(sum[kSumLoss], s, parse_reduction(reduction)));
+    return Loss(loss, saved, stats);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
+    const at::Tensor& grad, const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+    const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset, const at::Tensor& saved,
+    const at::Tensor& stats, std::string_view positive, std::string_view negative, double margin,
+    std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
+  const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
+  return dispatch(embeddings, [&](auto zero) {
+    using T = decltype(zero);
+    const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
+    at::Tensor own = at::zeros(embeddings.sizes(), options);
+    at::Tensor other = at::zeros(references ? references->sizes() : at::IntArrayRef{0}, options);
+    if (embeddings.size(0) > 0)
+      with_mined<T>(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
+                    [&](const auto& mined) {
+                      const Weight<T> weight(grad, stats, parse_reduction(reduction));
+                      T *x = own.mutable_data_ptr<T>(), *r = other.mutable_data_ptr<T>();
+                      if (!swap) {
+                        mined.backward(weight, saved.const_data_ptr<int32_t>(), saved.size(1), x, r);
+                        return;
+                      }
+                      const auto [a, p, n] = listed(mined);
+                      at::Tensor each = at::empty({a.size(0)}, options);
+                      for (int64_t t = 0; t < a.size(0); ++t)
+                        each.mutable_data_ptr<T>()[t] = weight.of(index_of(a)[t]);
+                      const auto [of_listed, distances, of_stats] = indexed_triplet_loss_cpu(
+                          embeddings, references, a, p, n, margin, distance, swap, soft_margin, "none");
+                      std::tie(own, other) = indexed_triplet_loss_backward_cpu(each, embeddings, references, a, p, n,
+                                                                               distances, of_stats, margin, distance,
+                                                                               swap, soft_margin, "none");
+                      own = own.to(options.dtype());
+                      other = other.to(options.dtype());
+                      mined.poison(own.mutable_data_ptr<T>(), other.mutable_data_ptr<T>());
+                    });
+    return std::make_tuple(own.to(embeddings.scalar_type()), other.to(embeddings.scalar_type()));
+  });
+}
+
+}  // namespace triplet_ext

@@ -1,0 +1,475 @@
+// The strategies' visitors of the tile engine, and the products with the weights that they find. Included by
+// kernels_impl.h.
+
+template <typename M>
+TRIPLET_INLINE bool any(M mask) {
+  const auto wide = (Simd<double>::M)mask;
+  int64_t found = 0;
+  for (int l = 0; l < kWidth<double>; ++l) found |= wide[l];
+  return found != 0;
+}
+
+template <typename T>
+TRIPLET_INLINE typename Simd<T>::M load_lanes(const Lane<T>* p) {
+  typename Simd<T>::M lanes;
+  __builtin_memcpy(&lanes, p, sizeof(lanes));
+  return lanes;
+}
+
+template <typename T>
+using Tile = typename Simd<T>::V[kTileRows][kTileVectors];
+
+// Under this part of the rows' squared norms, a squared distance from products has lost too many digits.
+constexpr double kSmall = 1.0 / 32;
+
+template <typename T>
+TRIPLET_INLINE typename Simd<T>::V root_of(typename Simd<T>::V x) {
+  T lanes[kWidth<T>];
+  store(lanes, x);
+  for (int l = 0; l < kWidth<T>; ++l) lanes[l] = sizeof(T) == 4 ? T(__builtin_sqrtf(float(lanes[l]))) : T(__builtin_sqrt(lanes[l]));
+  return load(lanes);
+}
+
+// y of the tile from differences, where the one from products is not good enough.
+template <typename T>
+static __attribute__((noinline)) void measure_small(const Pairing<T>& pairing, int64_t i, int64_t bp, Tile<T>& tile) {
+  using V = typename Simd<T>::V;
+  constexpr int P = kPanel<T>, W = kWidth<T>;
+  const Panels<T>&a = pairing.a, &b = pairing.b;
+  const T* x = a.data + i / P * P * a.depth + i % P;
+  const T* r = b.data + bp * P * b.depth;
+  Tile<T> exact = {};
+  for (int64_t k = 0; k < b.depth; ++k, x += P, r += P)
+    for (int c = 0; c < kTileVectors; ++c) {
+      const V column = load(r + c * W);
+      for (int row = 0; row < kTileRows; ++row) {
+        const V d = x[row] - column;
+        exact[row][c] -= d * d;
+      }
+    }
+  for (int c = 0; c < kTileVectors; ++c) {
+    const V bias = load(b.bias + bp * P + c * W), lack = b.half_lack ? load(b.half_lack + bp * P + c * W) : V{};
+    for (int row = 0; row < kTileRows; ++row) {
+      const T own = a.half_lack ? a.half_lack[i + row] : T(0);
+      const auto small = tile[row][c] > (bias + a.bias[i + row]) * T(-kSmall);
+      tile[row][c] = small ? exact[row][c] / 2 - (lack + own) : tile[row][c];
+    }
+  }
+}
+
+// What walk() gave, made y.
+template <typename T>
+TRIPLET_INLINE void measure(const Pairing<T>& pairing, int64_t i, int64_t bp, Tile<T>& tile) {
+  using V = typename Simd<T>::V;
+  typename Simd<T>::M small{};
+#pragma GCC unroll 4
+  for (int c = 0; c < kTileVectors; ++c) {
+    const V bias = load(pairing.b.bias + bp * kPanel<T> + c * kWidth<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) small |= tile[r][c] > (bias + pairing.a.bias[i + r]) * T(-kSmall);
+  }
+  if (__builtin_expect(any(small), 0)) measure_small<T>(pairing, i, bp, tile);
+  if (!pairing.root) return;
+  for (int r = 0; r < kTileRows; ++r)
+    for (int c = 0; c < kTileVectors; ++c) tile[r][c] = -root_of<T>(larger(V{}, tile[r][c] * T(-2)));
+}
+
+// y of what is no negative becomes NaN, which no comparison holds for. Returns whether there was any.
+template <typename T>
+TRIPLET_INLINE bool keep_negatives(const Pairing<T>& pairing, int64_t i, int64_t bp, Tile<T>& tile) {
+  using M = typename Simd<T>::M;
+  constexpr int P = kPanel<T>;
+  const Panels<T>&a = pairing.a, &b = pairing.b;
+  if (!b.gaps[bp] && (a.first[i / P] > b.last[bp] || b.first[bp] > a.last[i / P])) return false;
+  const auto nothing = broadcast(std::numeric_limits<T>::quiet_NaN());
+  for (int c = 0; c < kTileVectors; ++c) {
+    const M group = *reinterpret_cast<const M*>(b.group + bp * P + c * kWidth<T>);
+    for (int r = 0; r < kTileRows; ++r)
+      tile[r][c] = (group == a.group[i + r]) | (group == kNoGroup) ? nothing : tile[r][c];
+  }
+  return true;
+}
+
+// How many of the thresholds are below y (with `or_equal`, not above it), for each lane.
+template <bool or_equal, typename T>
+TRIPLET_INLINE void count_below(const Thresholds<T>& thresholds, const T* y, Lane<T>* count) {
+  Lane<T> step = 1;
+  while (step <= thresholds.count) step *= 2;
+  for (int l = 0; l < kWidth<T>; ++l) count[l] = 0;
+  for (step /= 2; step > 0; step /= 2)
+    for (int l = 0; l < kWidth<T>; ++l) {
+      const Lane<T> next = count[l] + step;
+      const T value = thresholds.values[next - 1];
+      count[l] = (or_equal ? value <= y[l] : value < y[l]) ? next : count[l];
+    }
+}
+
+// exp(x) for x <= 0.
+template <typename T>
+TRIPLET_INLINE typename Simd<T>::V exp_of(typename Simd<T>::V x) {
+  using V = typename Simd<T>::V;
+  using M = typename Simd<T>::M;
+  constexpr bool kSingle = sizeof(T) == 4;
+  constexpr int kTerms = kSingle ? 7 : 13, kMantissa = kSingle ? 23 : 52, kBias = kSingle ? 127 : 1023;
+  // ln 2 in two parts, the first with few enough bits to be multiplied exactly.
+  constexpr T kHigh = kSingle ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T kLow = kSingle ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10);
+  x = larger(x, broadcast(T(kSingle ? -104 : -746)));  // what is below is 0 in T
+  const M n = __builtin_convertvector(x * T(1.44269504088896340736) - T(0.5), M);  // towards 0: to the nearest
+  const V whole = __builtin_convertvector(n, V), rest = x - whole * kHigh - whole * kLow;
+  V value = broadcast(T(1));
+  for (int k = kTerms; k > 0; --k) value = 1 + value * rest * (T(1) / T(k));
+  // 2^n in two steps: it may be subnormal.
+  const M half = n / 2, other = n - half;
+  const M high = (half + Lane<T>(kBias)) << kMantissa, low = (other + Lane<T>(kBias)) << kMantissa;
+  return value * (V)high * (V)low;
+}
+
+// log(1 + e) for e from 0 to 1, by the series of artanh.
+template <typename T>
+TRIPLET_INLINE typename Simd<T>::V log1p_of(typename Simd<T>::V e) {
+  const auto s = e / (2 + e), square = s * s;
+  auto value = broadcast(T(0));
+  for (int k = sizeof(T) == 4 ? 9 : 18; k >= 0; --k) value = value * square + T(1) / T(2 * k + 1);
+  return 2 * s * value;
+}
+
+template <typename T>
+static void row_distances(const Pairing<T>& pairing, int64_t i, int64_t begin, int64_t end, T* y) {
+  using V = typename Simd<T>::V;
+  constexpr int P = kPanel<T>;
+  const int64_t panel = i / P, stride = (end - begin) * P;
+  const auto visit = [&](V(&tile)[kTileRows][kTileVectors], int64_t row, int64_t j, int64_t bp) {
+    measure<T>(pairing, row, bp, tile);
+    for (int r = 0; r < kTileRows; ++r)
+      for (int c = 0; c < kTileVectors; ++c) store(y + r * stride + j - begin * P + c * kWidth<T>, tile[r][c]);
+  };
+  walk<T>(pairing.a.data, pairing.a.bias, pairing.b, false, {panel, panel + 1, begin, end}, [](int64_t, int64_t) {},
+          visit, [](int64_t) {}, [i](int64_t row, int64_t) { return row == i; });
+}
+
+template <typename T>
+static T squared_distance(const T* x, const T* y, int64_t depth) {
+  return sum_over(x, y, depth, [](auto a, auto b) {
+    const auto d = a - b;
+    return d * d;
+  });
+}
+
+// Walks one panel of anchors that have thresholds: visit(tile, first row within the panel, panel of b, whether there are
+// others than negatives), with y of negatives.
+template <typename T, typename Begin, typename Visit, typename End, typename Wanted = Always>
+TRIPLET_INLINE void walk_negatives(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
+                                   const Thresholds<T>* thresholds, Begin begin, Visit visit, End end,
+                                   Wanted wanted = {}) {
+  using V = typename Simd<T>::V;
+  const int64_t first = panel * kPanel<T>;
+  bool live = false;
+  const auto start = [&](int64_t i, int64_t) {
+    live = false;
+    for (int r = 0; r < kTileRows; ++r) live |= thresholds[i - first + r].count > 0;
+    if (live) begin(i - first);
+  };
+  const auto see = [&](V(&tile)[kTileRows][kTileVectors], int64_t i, int64_t, int64_t bp) {
+    measure<T>(pairing, i, bp, tile);
+    visit(tile, i - first, bp, keep_negatives<T>(pairing, i, bp, tile));
+  };
+  const auto stop = [&](int64_t i) {
+    if (live) end(i - first);
+  };
+  const auto want = [&](int64_t i, int64_t bp) { return live && wanted(i - first, bp); };
+  walk<T>(pairing.a.data, pairing.a.bias, pairing.b, false, {panel, panel + 1, begin_panel, end_panel}, start, see, stop,
+          want);
+}
+
+TRIPLET_INLINE bool marked(Marks marks, int64_t i, int64_t bp) {
+  return marks.bits[i / kTileRows * marks.words + bp / 32] >> (bp % 32) & 1;
+}
+
+// The threshold from which on a negative can have a loss above 0.
+template <typename T>
+TRIPLET_INLINE T least_active(const Thresholds<T>& thresholds, bool soft, double unit) {
+  if (!thresholds.count) return std::numeric_limits<T>::infinity();
+  // What log(1 + exp(t)) is 0 below.
+  return soft ? T(thresholds.values[0] - (sizeof(T) == 4 ? 105 : 747) / unit) : thresholds.values[0];
+}
+
+template <typename T>
+static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
+                   const Thresholds<T>* thresholds, bool soft, double unit, Excess* excess, Marks marks) {
+  using V = typename Simd<T>::V;
+  using M = typename Simd<T>::M;
+  constexpr int W = kWidth<T>;
+  V loss[kTileRows], distance[kTileRows];
+  M active[kTileRows];
+  T least[kTileRows];
+  const auto begin = [&](int64_t i) {
+    for (int r = 0; r < kTileRows; ++r) {
+      loss[r] = distance[r] = V{};
+      active[r] = M{};
+      least[r] = least_active(thresholds[i + r], soft, unit);
+    }
+  };
+  const auto visit = [&](V(&tile)[kTileRows][kTileVectors], int64_t i, int64_t bp, bool mixed) {
+    M some{};
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileVectors; ++c) {
+        distance[r] += mixed ? (tile[r][c] == tile[r][c] ? tile[r][c] : V{}) : tile[r][c];
+        some |= tile[r][c] > least[r];
+      }
+    if (!any(some)) return;
+    marks.bits[i / kTileRows * marks.words + bp / 32] |= uint32_t(1) << (bp % 32);
+    for (int r = 0; r < kTileRows; ++r) {
+      const Thresholds<T>& own = thresholds[i + r];
+      if (soft) {
+        for (Lane<T> p = 0; p < own.count; ++p)
+          for (int c = 0; c < kTileVectors; ++c) {
+            const V t = (tile[r][c] - own.values[p]) * T(unit);
+            const V value = larger(t, V{}) + log1p_of<T>(exp_of<T>(t > 0 ? -t : t));
+            const V there = t == t ? value : V{};
+            loss[r] += there;
+            active[r] -= there > 0;
+          }
+      } else if (own.count <= kFewThresholds) {
+        for (Lane<T> p = 0; p < own.count; ++p) {
+          const V threshold = broadcast(own.values[p]);
+#pragma GCC unroll 4
+          for (int c = 0; c < kTileVectors; ++c) {
+            loss[r] += larger(tile[r][c] - threshold, V{});
+            active[r] -= tile[r][c] > threshold;
+          }
+        }
+      } else {
+        for (int c = 0; c < kTileVectors; ++c) {
+          if (!any(tile[r][c] > least[r])) continue;
+          T y[W], sum[W];
+          Lane<T> below[W];
+          store(y, tile[r][c]);
+          count_below<false>(own, y, below);
+          for (int l = 0; l < W; ++l) sum[l] = below[l] ? below[l] * y[l] - own.sums[below[l]] : T(0);
+          loss[r] += load(sum);
+          active[r] += load_lanes<T>(below);
+        }
+      }
+    }
+  };
+  const auto end = [&](int64_t i) {
+    for (int r = 0; r < kTileRows; ++r) {
+      excess[i + r].loss += sum<T>(loss[r]);
+      excess[i + r].distance += sum<T>(distance[r]);
+      for (int l = 0; l < W; ++l) excess[i + r].active += active[r][l];
+    }
+  };
+  walk_negatives<T>(pairing, panel, begin_panel, end_panel, thresholds, begin, visit, end);
+}
+
+// Takes y of reference j into what is known of an anchor.
+template <typename T>
+static void improve(const Thresholds<T>& thresholds, T y, Lane<T> j, const int64_t* original, Nearest<T>& nearest) {
+  const auto before = [original](Lane<T> j, Lane<T> other) { return other < 0 || original[j] < original[other]; };
+  if (y < nearest.farthest || (y == nearest.farthest && before(j, nearest.farthest_index))) {
+    nearest.farthest = y;
+    nearest.farthest_index = j;
+  }
+  Lane<T> from = 0;
+  for (Lane<T> size = thresholds.count; size > 0;) {  // the first threshold above y
+    const Lane<T> half = size / 2;
+    if (thresholds.values[from + half] <= y) {
+      from += half + 1;
+      size -= half + 1;
+    } else {
+      size = half;
+    }
+  }
+  const Lane<T> to = thresholds.count <= kFewThresholds || from == thresholds.count ? thresholds.count : from + 1;
+  for (Lane<T> p = from; p < to; ++p) {
+    if (y < nearest.y[p] || (y == nearest.y[p] && !before(j, nearest.index[p]))) continue;
+    nearest.y[p] = y;
+    nearest.index[p] = j;
+  }
+}
+
+template <typename T>
+static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
+                    const Thresholds<T>* thresholds, const int64_t* original, Nearest<T>* nearest) {
+  using V = typename Simd<T>::V;
+  using M = typename Simd<T>::M;
+  constexpr int P = kPanel<T>, W = kWidth<T>;
+  // A value that is no better than what is known already needs no index, and almost none is.
+  const auto visit = [&](V(&tile)[kTileRows][kTileVectors], int64_t i, int64_t bp, bool) {
+    M better[kTileRows][kTileVectors], some{};
+    for (int r = 0; r < kTileRows; ++r) {
+      const Thresholds<T>& own = thresholds[i + r];
+      const Nearest<T>& known = nearest[i + r];
+      for (int c = 0; c < kTileVectors; ++c) better[r][c] = M{};
+      if (!own.count) continue;
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileVectors; ++c) better[r][c] = tile[r][c] <= known.farthest;
+      if (own.count <= kFewThresholds) {
+        for (Lane<T> p = 0; p < own.count; ++p)
+#pragma GCC unroll 4
+          for (int c = 0; c < kTileVectors; ++c)
+            better[r][c] |= (tile[r][c] < own.values[p]) & (tile[r][c] >= known.y[p]);
+      } else {
+        for (int c = 0; c < kTileVectors; ++c) {
+          T y[W], best[W];
+          Lane<T> from[W];
+          store(y, tile[r][c]);
+          count_below<true>(own, y, from);
+          for (int l = 0; l < W; ++l) best[l] = known.y[from[l] < own.count ? from[l] : 0];
+          const M within = load_lanes<T>(from) < own.count;
+          better[r][c] |= within & (tile[r][c] >= load(best));
+        }
+      }
+      for (int c = 0; c < kTileVectors; ++c) some |= better[r][c];
+    }
+    if (!any(some)) return;
+    for (int r = 0; r < kTileRows; ++r)
+      for (int c = 0; c < kTileVectors; ++c) {
+        if (!any(better[r][c])) continue;
+        for (int l = 0; l < W; ++l)
+          if (better[r][c][l])
+            improve(thresholds[i + r], T(tile[r][c][l]), Lane<T>(bp * P + c * W + l), original, nearest[i + r]);
+      }
+  };
+  walk_negatives<T>(pairing, panel, begin_panel, end_panel, thresholds, [](int64_t) {}, visit, [](int64_t) {});
+}
+
+template <typename T>
+static void weigh(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
+                  const Thresholds<T>* thresholds, bool soft, double unit, const T* weight, double* const* pulls,
+                  Marks marks, Weights<T> weights) {
+  using V = typename Simd<T>::V;
+  using M = typename Simd<T>::M;
+  constexpr int P = kPanel<T>, W = kWidth<T>;
+  M active[kTileRows][kFewThresholds];
+  const auto begin = [&](int64_t i) {
+    for (int r = 0; r < kTileRows; ++r)
+      for (int p = 0; p < kFewThresholds; ++p) active[r][p] = M{};
+  };
+  const auto visit = [&](V(&tile)[kTileRows][kTileVectors], int64_t i, int64_t bp, bool) {
+    T* out = weights.tiles + (i / kTileRows * weights.panels + bp) * kTileRows * P;
+    for (int r = 0; r < kTileRows; ++r) {
+      const Thresholds<T>& own = thresholds[i + r];
+      V count[kTileVectors] = {};
+      if (soft) {
+        for (Lane<T> p = 0; p < own.count; ++p)
+          for (int c = 0; c < kTileVectors; ++c) {
+            const V t = (tile[r][c] - own.values[p]) * T(unit), e = exp_of<T>(t > 0 ? -t : t);
+            const V slope = (t > 0 ? broadcast(T(1)) : e) / (1 + e), there = t == t ? slope : V{};
+            count[c] += there;
+            pulls[i + r][p] += sum<T>(there);
+          }
+      } else if (own.count <= kFewThresholds) {
+        for (Lane<T> p = 0; p < own.count; ++p) {
+          const V threshold = broadcast(own.values[p]);
+#pragma GCC unroll 4
+          for (int c = 0; c < kTileVectors; ++c) {
+            const M above = tile[r][c] > threshold;
+            active[r][p] -= above;
+            count[c] += above ? broadcast(T(1)) : V{};
+          }
+        }
+      } else {
+        for (int c = 0; c < kTileVectors; ++c) {
+          if (!any(tile[r][c] > own.values[0])) continue;
+          T y[W];
+          Lane<T> below[W];
+          store(y, tile[r][c]);
+          count_below<false>(own, y, below);
+          count[c] = __builtin_convertvector(load_lanes<T>(below), V);
+          for (int l = 0; l < W; ++l)
+            if (below[l]) pulls[i + r][below[l] - 1] += 1;  // of the thresholds up to this one; summed up at the end
+        }
+      }
+      for (int c = 0; c < kTileVectors; ++c) {
+        V w = count[c] * weight[i + r];
+        // -w is that of the distance; of a root, which is -y, the pull is w / y, and nothing where it is 0.
+        if (pairing.root) w = tile[r][c] < 0 ? w / -tile[r][c] : w * T(0);
+        store(out + r * P + c * W, -w);
+      }
+    }
+  };
+  const auto end = [&](int64_t i) {
+    if (soft) return;
+    for (int r = 0; r < kTileRows; ++r) {
+      const Lane<T> few = thresholds[i + r].count <= kFewThresholds ? thresholds[i + r].count : 0;
+      for (Lane<T> p = 0; p < few; ++p)
+        for (int l = 0; l < W; ++l) pulls[i + r][p] += active[r][p][l];
+    }
+  };
+  walk_negatives<T>(pairing, panel, begin_panel, end_panel, thresholds, begin, visit, end,
+                    [marks](int64_t i, int64_t bp) { return marked(marks, i, bp); });
+}
+
+// acc[r][...] -= w[r * row_step + t * step] * rows[t * width ...], for each t.
+template <typename T>
+TRIPLET_INLINE void subtract(Tile<T>& acc, const T* w, int64_t row_step, int64_t step, int64_t terms, const T* rows,
+                             int64_t width) {
+  for (int64_t t = 0; t < terms; ++t) {
+    typename Simd<T>::V column[kTileVectors];
+#pragma GCC unroll 4
+    for (int c = 0; c < kTileVectors; ++c) column[c] = load(rows + t * width + c * kWidth<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileVectors; ++c) acc[r][c] -= w[r * row_step + t * step] * column[c];
+  }
+}
+
+template <typename T, typename F>
+TRIPLET_INLINE void update(T* out, int64_t width, F f) {
+  Tile<T> acc;
+  for (int r = 0; r < kTileRows; ++r)
+    for (int c = 0; c < kTileVectors; ++c) acc[r][c] = load(out + r * width + c * kWidth<T>);
+  f(acc);
+  for (int r = 0; r < kTileRows; ++r)
+    for (int c = 0; c < kTileVectors; ++c) store(out + r * width + c * kWidth<T>, acc[r][c]);
+}
+
+template <typename T>
+static void pull_anchors(Weights<T> weights, Marks marks, int64_t begin, int64_t end, const T* rows, int64_t width,
+                         T* out, T* sums) {
+  constexpr int P = kPanel<T>, W = kWidth<T>;
+  bool some = false;
+  for (int64_t bp = begin; bp < end; ++bp) {
+    if (!marked(marks, 0, bp)) continue;
+    some = true;
+    for (int r = 0; r < kTileRows; ++r) {
+      auto total = load(weights.tiles + (bp * kTileRows + r) * P);
+      for (int c = 1; c < kTileVectors; ++c) total += load(weights.tiles + (bp * kTileRows + r) * P + c * W);
+      sums[r] += sum<T>(total);
+    }
+  }
+  for (int64_t k = 0; some && k < width; k += P)
+    update<T>(out + k, width, [&](Tile<T>& acc) {
+      for (int64_t bp = begin; bp < end; ++bp)
+        if (marked(marks, 0, bp))
+          subtract<T>(acc, weights.tiles + bp * kTileRows * P, P, 1, P, rows + bp * P * width + k, width);
+    });
+}
+
+template <typename T>
+static void pull_references(Weights<T> weights, Marks marks, int64_t groups, int64_t panel, const T* rows,
+                            int64_t width, T* out, T* sums) {
+  constexpr int P = kPanel<T>, W = kWidth<T>;
+  const auto tile_of = [&](int64_t g) { return weights.tiles + (g * weights.panels + panel) * kTileRows * P; };
+  bool some = false;
+  for (int64_t g = 0; g < groups; ++g) {
+    if (!marked(marks, g * kTileRows, panel)) continue;
+    some = true;
+    for (int r = 0; r < kTileRows; ++r)
+      for (int c = 0; c < kTileVectors; ++c)
+        store(sums + c * W, load(sums + c * W) + load(tile_of(g) + r * P + c * W));
+  }
+  if (!some) return;
+  for (int64_t j = 0; j < P; j += kTileRows)
+    for (int64_t k = 0; k < width; k += P)
+      update<T>(out + j * width + k, width, [&](Tile<T>& acc) {
+        for (int64_t g = 0; g < groups; ++g)
+          if (marked(marks, g * kTileRows, panel))
+            subtract<T>(acc, tile_of(g) + j, 1, P, kTileRows, rows + g * kTileRows * width + k, width);
+      });
+}

@@ -32,37 +32,47 @@ Rule parse_rule(std::string_view name) {
 
 // Ascending by y, equal ones as they came.
 template <typename T>
-void sort_by_y(std::vector<std::pair<T, Lane<T>>>& pairs) {
-  const auto by_y = [](const auto& p, const auto& q) { return p.first < q.first; };
-  constexpr size_t kFew = 64;
-  if (sizeof(T) != 4 || pairs.size() <= kFew) {
-    std::stable_sort(pairs.begin(), pairs.end(), by_y);
-    return;
+class Sorter {
+ public:
+  void operator()(std::vector<std::pair<T, Lane<T>>>& pairs) {
+    constexpr size_t kFew = 64;
+    if (sizeof(T) != 4 || pairs.size() <= kFew) {
+      std::stable_sort(pairs.begin(), pairs.end(), [](const auto& p, const auto& q) { return p.first < q.first; });
+      return;
+    }
+    // By the bits, made to ascend as the values do, a byte at a time.
+    constexpr int kBytes = 4;
+    uint32_t start[kBytes][256] = {};
+    keys_.resize(pairs.size());
+    next_.resize(pairs.size());
+    for (size_t i = 0; i < pairs.size(); ++i) {
+      const float y = float(pairs[i].first) + 0.0f;  // -0 is 0
+      uint32_t bits;
+      std::memcpy(&bits, &y, sizeof(bits));
+      bits ^= bits >> 31 ? ~0u : 1u << 31;
+      keys_[i] = uint64_t(bits) << 32 | uint32_t(pairs[i].second);
+      for (int byte = 0; byte < kBytes; ++byte) ++start[byte][bits >> 8 * byte & 255];
+    }
+    for (int byte = 0; byte < kBytes; ++byte) {
+      const int shift = 32 + 8 * byte;
+      if (start[byte][keys_[0] >> shift & 255] == pairs.size()) continue;  // all alike
+      uint32_t total = 0;
+      for (uint32_t& count : start[byte]) total += std::exchange(count, total);
+      for (uint64_t key : keys_) next_[start[byte][key >> shift & 255]++] = key;
+      keys_.swap(next_);
+    }
+    for (size_t i = 0; i < pairs.size(); ++i) {
+      uint32_t bits = uint32_t(keys_[i] >> 32);
+      bits ^= bits >> 31 ? 1u << 31 : ~0u;
+      float y;
+      std::memcpy(&y, &bits, sizeof(y));
+      pairs[i] = {T(y), Lane<T>(uint32_t(keys_[i]))};
+    }
   }
-  // By the bits, made to ascend as the values do, eleven at a time.
-  std::vector<std::pair<uint32_t, Lane<T>>> keys(pairs.size()), next(pairs.size());
-  std::vector<uint32_t> start(3 * 2048);
-  for (size_t i = 0; i < pairs.size(); ++i) {
-    const float y = float(pairs[i].first) + 0.0f;  // -0 is 0
-    uint32_t bits;
-    std::memcpy(&bits, &y, sizeof(bits));
-    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
-    keys[i] = {bits, pairs[i].second};
-    for (int pass = 0; pass < 3; ++pass) ++start[pass * 2048 + (bits >> 11 * pass & 2047)];
-  }
-  for (int pass = 0; pass < 3; ++pass) {
-    uint32_t total = 0;
-    for (int b = 0; b < 2048; ++b) total += std::exchange(start[pass * 2048 + b], total);
-    for (const auto& key : keys) next[start[pass * 2048 + (key.first >> 11 * pass & 2047)]++] = key;
-    keys.swap(next);
-  }
-  for (size_t i = 0; i < pairs.size(); ++i) {
-    const uint32_t bits = keys[i].first >> 31 ? keys[i].first & 0x7fffffffu : ~keys[i].first;
-    float y;
-    std::memcpy(&y, &bits, sizeof(y));
-    pairs[i] = {T(y), keys[i].second};
-  }
-}
+
+ private:
+  std::vector<uint64_t> keys_, next_;
+};
 
 // What is known of a panel of anchors.
 template <typename T>
@@ -77,6 +87,7 @@ struct Group {
   std::vector<Anchor> anchors;
   std::vector<Thresholds<T>> thresholds;
   std::vector<T> distances;
+  Sorter<T> sort;
 
   explicit Group(int64_t panel) : anchors(panel), thresholds(panel) {}
 };
@@ -325,7 +336,9 @@ class Mined {
       kernels<T>().row_distances(pairing_, p * P + g, first, last, group.distances.data());
       for (int64_t r = g; r < g + tile_rows; ++r) {
         const int64_t i = p * P + r;
-        if (takes_part(i)) choose_positives(i, group.distances.data() + (r - g) * stride - first * P, group.anchors[r]);
+        if (!takes_part(i)) continue;
+        choose_positives(i, group.distances.data() + (r - g) * stride - first * P, group.anchors[r]);
+        group.sort(group.anchors[r].positives);
       }
     }
   }
@@ -337,7 +350,6 @@ class Mined {
       if (positive_ == Rule::All || taken.empty()) taken.push_back({y[j], Lane<T>(j)});
       else if (positive_ == Rule::Easy ? y[j] > taken[0].first : y[j] < taken[0].first) taken[0] = {y[j], Lane<T>(j)};
     }
-    sort_by_y<T>(taken);
   }
 
   bool takes_part(int64_t i) const { return i < a_.count && a_.finite[a_.order[i]] && has_triplets(i); }

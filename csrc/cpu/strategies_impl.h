@@ -265,30 +265,10 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
   walk_negatives<T>(pairing, panel, begin_panel, end_panel, thresholds, begin, visit, end);
 }
 
-// Takes y of reference j into what is known of an anchor.
+// Of two references at the same distance, the caller's first.
 template <typename T>
-static void improve(const Thresholds<T>& thresholds, T y, Lane<T> j, const int64_t* original, Nearest<T>& nearest) {
-  const auto before = [original](Lane<T> j, Lane<T> other) { return other < 0 || original[j] < original[other]; };
-  if (y < nearest.farthest || (y == nearest.farthest && before(j, nearest.farthest_index))) {
-    nearest.farthest = y;
-    nearest.farthest_index = j;
-  }
-  Lane<T> from = 0;
-  for (Lane<T> size = thresholds.count; size > 0;) {  // the first threshold above y
-    const Lane<T> half = size / 2;
-    if (thresholds.values[from + half] <= y) {
-      from += half + 1;
-      size -= half + 1;
-    } else {
-      size = half;
-    }
-  }
-  const Lane<T> to = thresholds.count <= kFewThresholds || from == thresholds.count ? thresholds.count : from + 1;
-  for (Lane<T> p = from; p < to; ++p) {
-    if (y < nearest.y[p] || (y == nearest.y[p] && !before(j, nearest.index[p]))) continue;
-    nearest.y[p] = y;
-    nearest.index[p] = j;
-  }
+TRIPLET_INLINE bool comes_before(Lane<T> j, Lane<T> other, const int64_t* original) {
+  return other < 0 || original[j] < original[other];
 }
 
 template <typename T>
@@ -297,8 +277,13 @@ static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_pane
   using V = typename Simd<T>::V;
   using M = typename Simd<T>::M;
   constexpr int P = kPanel<T>, W = kWidth<T>;
-  // A value that is no better than what is known already needs no index, and almost none is.
+  const auto offer = [original](T y, Lane<T> j, T& best, Lane<T>& index) {
+    if (y < best || (y == best && !comes_before<T>(j, index, original))) return;
+    best = y;
+    index = j;
+  };
   const auto visit = [&](V(&tile)[kTileRows][kTileVectors], int64_t i, int64_t bp, bool) {
+    // Few thresholds: what is no better than all that is known needs no index, and almost nothing is.
     M better[kTileRows][kTileVectors], some{};
     for (int r = 0; r < kTileRows; ++r) {
       const Thresholds<T>& own = thresholds[i + r];
@@ -307,32 +292,44 @@ static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_pane
       if (!own.count) continue;
 #pragma GCC unroll 4
       for (int c = 0; c < kTileVectors; ++c) better[r][c] = tile[r][c] <= known.farthest;
-      if (own.count <= kFewThresholds) {
-        for (Lane<T> p = 0; p < own.count; ++p)
+      for (Lane<T> p = 0; own.count <= kFewThresholds && p < own.count; ++p)
 #pragma GCC unroll 4
-          for (int c = 0; c < kTileVectors; ++c)
-            better[r][c] |= (tile[r][c] < own.values[p]) & (tile[r][c] >= known.y[p]);
-      } else {
-        for (int c = 0; c < kTileVectors; ++c) {
-          T y[W], best[W];
-          Lane<T> from[W];
-          store(y, tile[r][c]);
-          count_below<true>(own, y, from);
-          for (int l = 0; l < W; ++l) best[l] = known.y[from[l] < own.count ? from[l] : 0];
-          const M within = load_lanes<T>(from) < own.count;
-          better[r][c] |= within & (tile[r][c] >= load(best));
-        }
-      }
+        for (int c = 0; c < kTileVectors; ++c)
+          better[r][c] |= (tile[r][c] < own.values[p]) & (tile[r][c] >= known.y[p]);
       for (int c = 0; c < kTileVectors; ++c) some |= better[r][c];
     }
-    if (!any(some)) return;
-    for (int r = 0; r < kTileRows; ++r)
+    for (int r = 0; any(some) && r < kTileRows; ++r)
       for (int c = 0; c < kTileVectors; ++c) {
         if (!any(better[r][c])) continue;
-        for (int l = 0; l < W; ++l)
-          if (better[r][c][l])
-            improve(thresholds[i + r], T(tile[r][c][l]), Lane<T>(bp * P + c * W + l), original, nearest[i + r]);
+        const Thresholds<T>& own = thresholds[i + r];
+        Nearest<T>& known = nearest[i + r];
+        for (int l = 0; l < W; ++l) {
+          if (!better[r][c][l]) continue;
+          const T y = tile[r][c][l];
+          const Lane<T> j = Lane<T>(bp * P + c * W + l);
+          if (y < known.farthest || (y == known.farthest && comes_before<T>(j, known.farthest_index, original))) {
+            known.farthest = y;
+            known.farthest_index = j;
+          }
+          for (Lane<T> p = 0; own.count <= kFewThresholds && p < own.count; ++p)
+            if (y < own.values[p]) offer(y, j, known.y[p], known.index[p]);
+        }
       }
+    // Many: to each its place between them.
+    for (int r = 0; r < kTileRows; ++r) {
+      const Thresholds<T>& own = thresholds[i + r];
+      Nearest<T>& known = nearest[i + r];
+      for (int c = 0; own.count > kFewThresholds && c < kTileVectors; ++c) {
+        if (!any(tile[r][c] < own.values[own.count - 1])) continue;
+        T y[W];
+        Lane<T> from[W];
+        store(y, tile[r][c]);
+        count_below<true>(own, y, from);
+        for (int l = 0; l < W; ++l)
+          if (from[l] < own.count && y[l] == y[l])
+            offer(y[l], Lane<T>(bp * P + c * W + l), known.y[from[l]], known.index[from[l]]);
+      }
+    }
   };
   walk_negatives<T>(pairing, panel, begin_panel, end_panel, thresholds, [](int64_t) {}, visit, [](int64_t) {});
 }

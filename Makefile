@@ -1,6 +1,7 @@
 # What there is to do with this repository. Each target sets up all that it needs.
 #
 #   make demo        train an embedding on real digit scans, print a table, draw pictures into demo-output/
+#   make demo-compare  the same network by every mining strategy and several margins: a table, a picture
 #   make test        build, and run every test
 #   make simt        the CUDA kernels on the CPU, every rule of CUDA checked (part of make test)
 #   make simt-mutants  takes each barrier and wait out of them: is it missed?
@@ -27,7 +28,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 CPP := $(SOURCES) $(wildcard tests/simt/*.cpp tests/simt/*.h)
 PACKAGE := setup.py pyproject.toml $(SOURCES) $(wildcard triplet_ext/*.py triplet_ext/*/*.py)
 
-.PHONY: demo test simt simt-mutants bench bench-quick table cuda-check gpu-report lint format clean
+.PHONY: demo demo-compare test simt simt-mutants bench bench-quick table cuda-check gpu-report lint format clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +51,9 @@ $(VENV)/.lint: $(VENV)/.torch
 
 demo: $(VENV)/.package
 	$(BIN)/python examples/digits.py
+
+demo-compare: $(VENV)/.package
+	$(BIN)/python examples/compare.py
 
 test: $(VENV)/.package
 	$(BIN)/pytest

@@ -157,3 +157,31 @@ def triplets(
             for spine in axes.spines.values():
                 spine.set_color(colour)
     return figure
+
+
+def comparison(columns: dict[str, dict[str, float]], strategies: dict[str, list[str]], margins: list[float]) -> Figure:
+    """A panel for each column of the table.
+
+    Args:
+        columns: by their titles, numbers by the name of their row.
+        strategies: the rows of each, one a margin: a line. The other rows have no margin: levels.
+        margins: [M].
+    """
+    trained = {name for rows in strategies.values() for name in rows}
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    grid = figure.subplots(-(-len(columns) // 2), 2)
+    for axes, (title, column) in zip(grid.flat, columns.items()):
+        for (name, rows), marker in zip(strategies.items(), "os^D"):
+            axes.plot([column[row] for row in rows], marker=marker, alpha=0.8, label=name.replace("_", " "))
+        levels = [name for name in column if name not in trained]
+        for name, style in zip(levels, (":", "--")):
+            axes.axhline(column[name], color="0.5", linestyle=style, label=name)
+        if not levels:
+            axes.set_ylim(bottom=0)  # else noise would fill the panel
+        axes.set_title(title)
+        axes.set_xlabel("margin")
+        axes.set_xticks(range(len(margins)), [f"{margin:g}" for margin in margins])
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    return figure

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 LISTED = 5  # problems told one by one
+UNSEEN_DIGITS = (7, 8, 9)  # no demo trains on them
 
 
 class Unusable(Exception):
@@ -119,3 +120,17 @@ def hold_out(classes: int, share: float, seed: int) -> Tensor:
     """A random share of the classes, at least 2 of them, leaving at least 2."""
     count = min(max(2, round(share * classes)), classes - 2)
     return torch.randperm(classes, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+def describe(images: Images, split: Split, unseen: Tensor) -> str:
+    """Who is trained on what, in words."""
+    seen_classes = len(images.names) - len(unseen)
+    return (
+        f"{len(images.labels)} images of {len(images.names)} classes: {len(split.train)} of {seen_classes} classes to"
+        f" train on, {len(split.seen)} others of these to test (seen),\n"
+        f"{len(split.unseen)} of {len(unseen)} other classes (unseen: {_listed([images.names[i] for i in unseen])})"
+    )
+
+
+def _listed(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

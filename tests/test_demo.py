@@ -1,4 +1,4 @@
-"""The demo: a few of its steps, on the digits and on a folder of images, and the parts it is made of."""
+"""The demos: a few of their steps, on the digits and on a folder of images, and the parts they are made of."""
 
 import importlib
 import itertools
@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 Image = pytest.importorskip("PIL.Image", reason="the demo needs pillow")
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-MODULES = ("digits", "figures", "images", "model", "retrieval")
+MODULES = ("command", "compare", "digits", "figures", "images", "model", "retrieval", "training")
 PICTURES = ("embedding.png", "training.png", "hardest.png")
 ROWS = ("raw pixels", "untrained network", "trained network")
 
@@ -44,8 +44,8 @@ def scores(output):
     return json.loads((output / "results.json").read_text())["scores"]
 
 
-def check_pictures(output):
-    for name in PICTURES:
+def check_pictures(output, names=PICTURES):
+    for name in names:
         with Image.open(output / name) as picture:
             assert min(picture.size) > 300
             assert len(np.unique(np.asarray(picture.convert("L")))) > 20, "not blank"
@@ -172,8 +172,9 @@ def test_what_is_missing_is_named(demo, tmp_path, capsys, monkeypatch, folder, m
     if module == "PIL":  # matplotlib needs it as well: stand in for what imports it first
         monkeypatch.setitem(sys.modules, "figures", type(sys)("figures"))
     arguments = ["--data", str(folder)] if module == "PIL" else []
-    assert demo("digits").main([*arguments, "--output", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err == f"The demo needs {distribution}: pip install 'triplet_ext[demo]'\n"
+    for name in ("digits", "compare") if module != "PIL" else ("digits",):
+        assert demo(name).main([*arguments, "--output", str(tmp_path / "out")]) == 1
+        assert capsys.readouterr().err == f"The demo needs {distribution}: pip install 'triplet_ext[demo]'\n"
 
 
 @pytest.mark.parametrize(
@@ -195,9 +196,10 @@ def test_options_that_will_not_do(demo, capsys, arguments, text):
     assert text in capsys.readouterr().err
 
 
-def test_nowhere_to_write(demo, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["digits", "compare"])
+def test_nowhere_to_write(demo, tmp_path, capsys, name):
     (tmp_path / "file").write_text("")
-    assert demo("digits").main(["--output", str(tmp_path / "file" / "out")]) == 1
+    assert demo(name).main(["--output", str(tmp_path / "file" / "out")]) == 1
     assert capsys.readouterr().err.startswith("Nowhere to write to: ")
 
 
@@ -206,7 +208,86 @@ def test_a_loss_that_is_not_finite_stops_the_training(demo, tmp_path, capsys):
     assert "Stopped: the loss of step " in capsys.readouterr().err
 
 
-# --- its parts ------------------------------------------------------------------------------------------------
+# --- the comparison -------------------------------------------------------------------------------------------
+
+
+def test_compare(demo, tmp_path, capsys, monkeypatch):
+    compare = demo("compare")
+    arguments = ["--epochs", "2", "--seed", "4", "--output"]
+    assert compare.main([*arguments, str(tmp_path / "first"), "--margins", "1", "0.2"]) == 0
+    printed = capsys.readouterr()
+    first = json.loads((tmp_path / "first" / "comparison.json").read_text())
+    trained = [
+        f"{mining:14}{margin:>6}"
+        for mining in ("batch_hard", "semi_hard", "batch_all", "easy_positive")
+        for margin in ("0.2", "1")
+    ]
+    lines = printed.out[printed.out.index("mining") :].splitlines()[1:]
+    rows = {line[:20].rstrip(): line[20:].split() for line in lines[: lines.index("")]}
+    assert list(rows) == ["raw pixels", "untrained network", *trained] == list(first["scores"])
+    assert list(first["active"]) == list(first["seconds"]) == trained
+    for name, cells in rows.items():
+        numbers = [value for part in ("seen", "unseen") for value in first["scores"][name][part]]
+        assert all(0 < value <= 1 for value in numbers)
+        if name in trained:
+            assert 0 < first["active"][name] <= 1 and 0 < first["seconds"][name] < 10
+            numbers += first["active"][name], first["seconds"][name]
+        else:
+            assert [cells.pop(), cells.pop()] == ["-", "-"]
+        assert [float(cell) for cell in cells] == pytest.approx(numbers, abs=5e-5)
+    assert len({str(first["scores"][name]) for name in rows}) == len(rows), "no training repeats another"
+    check_pictures(tmp_path / "first", ["comparison.png"])
+    assert printed.err.count("active") == 10, "no terminal: a line for each tenth"
+
+    monkeypatch.setattr(demo("figures"), "save", lambda *_: None)
+    assert compare.main([*arguments, str(tmp_path / "second"), "--margins", "1", "--threads", "2"]) == 0
+    second = json.loads((tmp_path / "second" / "comparison.json").read_text())
+    for column in ("scores", "active"):
+        of_margin_1 = {name: value for name, value in first[column].items() if not name.endswith("0.2")}
+        assert second[column] == of_margin_1, "same seed, same numbers, whatever else is compared, by how many threads"
+
+    assert demo("digits").main([*arguments, str(tmp_path / "demo")]) == 0
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    name = trained[1]
+    assert first["scores"][name] == results["scores"]["trained network"], "as the demo trains it"
+    epoch = len(results["curves"]["active"]) // 2
+    assert first["active"][name] == pytest.approx(np.mean(results["curves"]["active"][epoch:]))
+
+
+def test_compare_by_default(demo):
+    arguments = demo("compare").arguments
+    assert arguments(["--quick"]).epochs * 10 == arguments([]).epochs
+    for distance, margins in demo("compare").MARGINS.items():
+        assert arguments(["--distance", distance]).margins == sorted(margins) and len(margins) == 3
+    assert arguments(["--margins", "2", "0.5", "2", "0.50000001"]).margins == [0.5, 2], "a row for each"
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--epochs", "0"], "argument --epochs: must be a whole number of at least 1, got '0'"),
+        (["--threads", "two"], "argument --threads: must be a whole number of at least 1, got 'two'"),
+        (["--seed", "-1"], "argument --seed: must be a whole number of at least 0, got '-1'"),
+        (["--margins", "0.2", "-1"], "argument --margins: margin must be finite and at least 0, got -1.0"),
+        (["--margins", "nan"], "argument --margins: margin must be finite and at least 0, got nan"),
+        (["--distance", "miles"], "argument --distance: invalid choice: 'miles'"),
+    ],
+)
+def test_compare_options_that_will_not_do(demo, capsys, arguments, text):
+    with pytest.raises(SystemExit) as stopped:
+        demo("compare").main(arguments)
+    assert stopped.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_compare_stops_at_a_loss_that_is_not_finite(demo, tmp_path, capsys, monkeypatch):
+    images = demo("images").digits()
+    monkeypatch.setattr(demo("images"), "digits", lambda: images._replace(pixels=images.pixels * math.nan))
+    assert demo("compare").main(["--margins", "0.2", "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith("Stopped: batch_hard with margin 0.2: the loss of step 1 is nan.\n")
+
+
+# --- their parts ----------------------------------------------------------------------------------------------
 
 
 def naive_retrieval(x, y):

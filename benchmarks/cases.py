@@ -5,25 +5,29 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-MINED = ("batch_hard",)  # families that mine from (embeddings, labels); each is a preset's name
+STRATEGIES = ("semi_hard", "easy_positive", "batch_all")  # beside batch_hard
+MINED = ("batch_hard", *STRATEGIES)  # families that mine from (embeddings, labels); each is a preset's name
 EXPLICIT = ("explicit", "torch_nn")  # families over (anchor, positive, negative)
+PER_CLASS = 4
 
 
 @dataclass(frozen=True)
 class Case:
     """One input size of one family.
 
-    Families: ``batch_hard`` is ``TripletLoss(mining="batch_hard")``; ``explicit`` is ``TripletLoss`` over given
-    triplets; ``torch_nn`` is ``TripletMarginLoss``, the drop-in for torch.nn's.
+    Families: ``batch_hard``, ``semi_hard``, ``easy_positive`` and ``batch_all`` are ``TripletLoss(mining=...)``;
+    ``explicit`` is ``TripletLoss`` over given triplets; ``torch_nn`` is ``TripletMarginLoss``, the drop-in for
+    torch.nn's. ``per_class`` and ``converged`` say what mined data looks like: see :func:`benchmarks.data.inputs`.
     """
 
     family: str
     batch: int
     width: int
     distance: str = "squared_euclidean"
-    per_class: int = 4
+    per_class: int = PER_CLASS
     margin: float = 1.0
     dtype: str = "float32"
+    converged: bool = False
 
     @property
     def name(self) -> str:
@@ -32,7 +36,20 @@ class Case:
             parts.append(self.distance)
         if self.dtype != "float32":
             parts.append(self.dtype)
+        if self.per_class != PER_CLASS:
+            parts.append(f"{self.classes}classes")
+        if self.converged:
+            parts.append("converged")
         return "-".join(parts)
+
+    @property
+    def classes(self) -> int:
+        return self.batch // self.per_class
+
+    @property
+    def triplets(self) -> int:
+        """How many there are in a mined case's data."""
+        return self.batch * (self.per_class - 1) * (self.batch - self.per_class)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -42,10 +59,23 @@ def _sizes(family: str, distance: str, *sizes: tuple[int, int]) -> list[Case]:
     return [Case(family, batch, width, distance) for batch, width in sizes]
 
 
+def _strategies(*sizes: tuple[int, int]) -> list[Case]:
+    return [case for family in STRATEGIES for case in _sizes(family, "squared_euclidean", *sizes)]
+
+
+# How a strategy's cost depends on the data: the most triplets that there can be, and a network that has learned.
+_TWO_CLASSES = Case("batch_all", 4096, 128, per_class=2048)
+_CONVERGED = Case("batch_all", 4096, 128, converged=True)
+
 FULL = [
     *_sizes("batch_hard", "squared_euclidean", *((b, 128) for b in (128, 512, 1024, 4096, 16384))),
     *_sizes("batch_hard", "squared_euclidean", (4096, 512), (8192, 512)),
     *_sizes("batch_hard", "euclidean", (1024, 128), (4096, 128)),
+    *_sizes("semi_hard", "squared_euclidean", (1024, 128), (4096, 128), (4096, 512)),
+    *_sizes("easy_positive", "squared_euclidean", (4096, 128), (4096, 512)),
+    *_sizes("batch_all", "squared_euclidean", (1024, 128), (4096, 128), (4096, 512)),
+    _TWO_CLASSES,
+    _CONVERGED,
     *_sizes("explicit", "squared_euclidean", (128, 128), (4096, 128), (65536, 128)),
     *_sizes("explicit", "euclidean", (4096, 128)),
     *_sizes("torch_nn", "p_norm", (128, 128), (4096, 128), (65536, 128)),
@@ -53,6 +83,7 @@ FULL = [
 QUICK = [
     *_sizes("batch_hard", "squared_euclidean", (128, 128), (1024, 128)),
     *_sizes("batch_hard", "euclidean", (512, 128)),
+    *_strategies((512, 128)),
     *_sizes("explicit", "squared_euclidean", (4096, 128)),
     *_sizes("torch_nn", "p_norm", (4096, 128)),
 ]
@@ -61,6 +92,8 @@ QUICK = [
 MEMORY_FULL = [
     *_sizes("batch_hard", "squared_euclidean", *((b, 128) for b in (128, 1024, 4096, 16384))),
     *_sizes("batch_hard", "squared_euclidean", (8192, 512)),
+    *_strategies((4096, 128), (16384, 128)),
+    _TWO_CLASSES,
     *_sizes("explicit", "squared_euclidean", (65536, 128)),
     *_sizes("torch_nn", "p_norm", (65536, 128)),
 ]

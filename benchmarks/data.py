@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,10 @@ class Inputs:
         """``args`` for what has no backward."""
         return tuple(x.detach() for x in self.args)
 
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same numbers in another type."""
+        return _leaves(x.to(dtype) if x.is_floating_point() else x for x in self.source)
+
     @torch.no_grad()
     def write(self) -> None:
         """Puts the inputs where a network's last layer leaves them, in the cache as far as they fit: or else the
@@ -36,12 +41,18 @@ class Inputs:
             there.copy_(source)
 
 
+def _leaves(source: Iterable[Tensor]) -> Inputs:
+    source = tuple(source)
+    return Inputs(tuple(x.clone().requires_grad_(x.is_floating_point()) for x in source), source)
+
+
 def inputs(case: Case, seed: int, *, device: str = "cpu", half_active: bool = False) -> Inputs:
     """Data for a case.
 
     Mined cases have ``per_class`` rows a class in random order (nobody is alone: there peers differ) and, being
     pure noise, an active triplet for nearly every anchor: the dearest case for us, whose gradient skips the
-    others. ``half_active`` pulls half of the classes together, to see both branches of the hinge.
+    others. A ``converged`` case has its classes pulled together, and no active triplet. ``half_active`` pulls half
+    of the classes together, whatever the case, to see both branches of the hinge.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, case.dtype)
@@ -53,15 +64,15 @@ def inputs(case: Case, seed: int, *, device: str = "cpu", half_active: bool = Fa
         if case.batch % case.per_class:
             raise ValueError(f"{case.name}: the batch must be a multiple of per_class={case.per_class}")
         x, labels = noise(case.batch), torch.arange(case.batch) // case.per_class
-        if half_active:
-            centre = noise(case.batch // case.per_class)[labels]
-            x = torch.where((labels % 2 == 0)[:, None], centre + 0.3 * x, x)
+        if half_active or case.converged:
+            centre = noise(case.classes)[labels]
+            pulled = labels % (2 if half_active else 1) == 0
+            x = torch.where(pulled[:, None], centre + 0.3 * x, x)
         order = torch.randperm(case.batch, generator=generator)
         embeddings, rest = [x[order]], [labels[order]]
     else:  # d(a, p) and d(a, n) have one distribution: half of the triplets are active
         embeddings, rest = [noise(case.batch) for _ in range(3)], []
-    source = [*(x.to(device, dtype) for x in embeddings), *(y.to(device) for y in rest)]
-    return Inputs(tuple(x.clone().requires_grad_(x.is_floating_point()) for x in source), tuple(source))
+    return _leaves([*(x.to(device, dtype) for x in embeddings), *(y.to(device) for y in rest)])
 
 
 def rotation(case: Case, device: str = "cpu") -> list[Inputs]:

@@ -91,15 +91,20 @@ def _times(plan: Plan, missing: dict[str, str], say: Say) -> Iterable[dict[str, 
 def compare_side(case: Case, side: Side, sets: list, budget: Budget, clock: Clock) -> dict[str, Any]:
     """One side against ours: first that they agree, then how long they take."""
     is_loss = "backward" in side.passes
-    ours, theirs = Step(OURS.build(case)), Step(side.build(case), backward=is_loss)
+    ours, theirs = Step(side.ours(case)), Step(side.build(case), backward=is_loss)
     found: dict[str, Any] = {}
     if is_loss:
         device = sets[0].plain[0].device.type
         batch = inputs(case, seed=0, device=device, half_active=True)
+        if side.compared_in:
+            batch = batch.to(getattr(torch, side.compared_in))
         found["agreement"] = agree.check(ours.loss, theirs.loss, batch, f"{case.name}, {side.title}")
+        del batch
     others = Others()
     pairs = compare(ours, theirs, sets, budget, clock)
     found["others"] = others.share()
+    if (stats := getattr(ours.loss, "stats", None)) is not None:
+        found["active"] = float(stats.active / stats.triplets)
     found["pairs"] = len(pairs.ours["forward"])
     found["ratio"] = {name: summary(values) for name, values in pairs.ratios().items()}
     for who, times in (("ours", pairs.ours), ("side", pairs.side)):

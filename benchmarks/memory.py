@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def main(argument: str) -> None:
     torch.set_num_threads(request["threads"])
     case = Case(**request["case"])
     side = side_named(request["side"], case)
-    tiny = Case(**{**request["case"], "batch": _TINY})
+    tiny = replace(case, batch=_TINY, per_class=min(case.per_class, _TINY // 2))
     _call(side, tiny)  # lazy imports, thread pools and the first arenas are no cost of a call
     extra = _call(side, case)
     print(json.dumps({"bytes": extra, "method": _call.method}))  # type: ignore[attr-defined]

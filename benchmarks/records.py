@@ -34,6 +34,14 @@ class Records:
         row = self._times.get((case, side), {})
         return row["ratio"][name]["median"] if "ratio" in row else None
 
+    def active(self, case: str) -> float | None:
+        """The share of active triplets in a timed case's data."""
+        rows = (row for (name, _), row in self._times.items() if name == case and "active" in row)
+        return next((row["active"] for row in rows), None)
+
+    def why_no_time(self, case: str, side: str) -> str:
+        return self._times.get((case, side), {}).get("skipped", "")
+
     def side_ms(self, case: str, side: str, name: str) -> dict[str, float] | None:
         """Median and spread of a side; a yardstick has a forward alone. Ours: over all its comparisons."""
         if side == "ours":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .cases import EXPLICIT, MINED
+from .cases import EXPLICIT, MINED, PER_CLASS, STRATEGIES
 from .goals import judged
 from .quiet import BUSY
 from .records import Records
@@ -38,43 +38,58 @@ def _spread(ms: dict[str, float] | None) -> str:
     return f"{_digits(ms['median'])} ({_digits(ms['p10'])}–{_digits(ms['p90'])})" if ms else "–"
 
 
+def _absent(why: str) -> str:
+    return "does not fit" if why.startswith("needs") else "–"
+
+
 def _faster(records: Records, case: str, side: str, name: str = "both") -> str:
     ratio = records.ratio(case, side, name)
-    return "–" if ratio is None else f"{_digits(1 / ratio)} ×"
+    return _absent(records.why_no_time(case, side)) if ratio is None else f"{_digits(1 / ratio)} ×"
 
 
 def _size(case: dict[str, Any]) -> str:
-    usual = case["distance"] in ("squared_euclidean", "p_norm")
-    return f"{case['batch']} × {case['width']}" + ("" if usual else f", {case['distance']}")
+    parts = [f"{case['batch']} × {case['width']}"]
+    if case["distance"] not in ("squared_euclidean", "p_norm"):
+        parts.append(case["distance"])
+    if case["family"] in MINED and case["per_class"] != PER_CLASS:
+        parts.append(f"{case['batch'] // case['per_class']} classes")
+    if case.get("converged"):  # runs of before know no such case
+        parts.append("converged")
+    return ", ".join(parts)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
 
 
 def _megabytes(records: Records, case: str, side: str) -> str:
     extra = records.extra_bytes(case, side)
     if extra is None:
-        return "does not fit" if records.why_no_memory(case, side).startswith("needs") else "–"
+        return _absent(records.why_no_memory(case, side))
     return f"{extra / 2**20:.0f}" if extra >= 10 * 2**20 else f"{extra / 2**20:.1f}"
 
 
-def _mined(records: Records) -> str:
-    cases = records.cases(*MINED)
-    sides = records.titles(*(case["name"] for case in cases))
+def _mined(records: Records, *families: str) -> str:
+    cases = records.cases(*families)
+    sides = records.titles(*(case["name"] for case in records.cases(*MINED)))  # in one order in all tables
     measured = {name for name in sides if any(records.ratio(case["name"], name, "both") for case in cases)}
     peers = {name: title for name, title in sides.items() if name in measured and name != "mm"}
-    several = len({case["family"] for case in cases}) > 1
+    several = len(families) > 1
     rows = []
     for case in cases:
         name = case["name"]
         ratio = records.ratio(name, "mm", "both")
         rows.append(
             [
-                (f"{case['family']}, " if several else "") + _size(case),
+                *([f"{case['family']}, {_size(case)}", _percent(records.active(name))] if several else [_size(case)]),
                 *(_spread(records.side_ms(name, "ours", p)) for p in ("forward", "backward", "both")),
                 "–" if ratio is None else f"{ratio:.2f}",
                 *(_faster(records, name, peer) for peer in peers),
             ]
         )
-    head = ["B × D", "forward, ms", "backward, ms", "both, ms", "both ÷ `torch.mm(x, x.T)`"]
-    return _table(head + [f"faster than {title}" for title in peers.values()], rows)
+    head = ["mining, B × D", "active"] if several else ["B × D"]
+    head += ["forward, ms", "backward, ms", "both, ms", "both ÷ `torch.mm(x, x.T)`"]
+    return _table(head + [f"faster than {title}" for title in peers.values()], rows) if rows else ""
 
 
 def _explicit(records: Records) -> str:
@@ -92,7 +107,7 @@ def _explicit(records: Records) -> str:
                     *(_faster(records, case["name"], side, p) for p in ("forward", "backward", "both")),
                 ]
             )
-    return _table(["T × D", "both, ms", "faster than", "forward", "backward", "both"], rows)
+    return _table(["T × D", "both, ms", "faster than", "forward", "backward", "both"], rows) if rows else ""
 
 
 def _memory(records: Records, mined: bool) -> str:
@@ -127,29 +142,39 @@ def _disturbed(results: dict[str, Any]) -> str:
     )
 
 
+def _section(title: str, *tables: str) -> list[str]:
+    """Nothing where nothing was measured."""
+    return [title, *tables] if any(tables) else []
+
+
 def block(results: dict[str, Any], plot: str = "") -> str:
     """The block for the README; ``plot`` is the path of the picture, as the README sees it."""
     records = Records(results)
     kept = results.get("freed_memory_is_kept")
-    mined, explicit = _memory(records, True), _memory(records, False)
     parts = [
         _disturbed(results),
         f"Measured by `python -m benchmarks` on {_where(results)}. Forward + backward unless said otherwise. The two"
         " sides of a ratio take turns, and turns at going first, on inputs just written; a figure is the median, in"
         " parentheses the 10th and 90th percentile. Values and gradients are compared before."
         + (" Freed memory stays with the process, or one side would pay for the other's." if kept else ""),
-        "**Batch-hard**, 4 rows a class, every triplet active:",
-        _mined(records),
-        "**Given triplets:**",
-        _explicit(records),
-        "**Extra peak memory, MB** (gradients included, inputs not):",
-        mined,
-        explicit,
+        *_section(f"**Batch-hard**, {PER_CLASS} rows a class, every triplet active:", _mined(records, "batch_hard")),
+        *_section(
+            f"**Other strategies**, {PER_CLASS} rows a class unless said otherwise; *active* is the share of triplets"
+            " with a loss, *converged* a batch of tight classes far from each other:",
+            _mined(records, *STRATEGIES),
+        ),
+        *_section("**Given triplets:**", _explicit(records)),
+        *_section(
+            "**Extra peak memory, MB** (gradients included, inputs not):",
+            _memory(records, True),
+            _memory(records, False),
+        ),
     ]
     if (ms := records.import_ms()) is not None:
         parts.append(f"`import triplet_ext` adds {_digits(ms)} ms to `import torch`.")
     if plot:
-        parts.append(f"![Time and extra memory of batch-hard against the batch size]({plot})")
+        strategies = "; the time of each strategy" if records.cases(*STRATEGIES) else ""
+        parts.append(f"![Time and extra memory of batch-hard against the batch size{strategies}]({plot})")
     return "\n\n".join(filter(None, parts))
 
 
@@ -169,8 +194,7 @@ def _passes(records: Records) -> str:
             theirs = row["side_ms"].get(name) or row["side_ms"]["forward"]
             spread = f"{ratio['median']:.3f} ({ratio['p10']:.3f}–{ratio['p90']:.3f})"
             times = [_spread(row["ours_ms"][name]), _spread(theirs)]
-            others = "–" if row["others"] is None else f"{100 * row['others']:.0f} %"
-            rows.append([*head, name, *times, spread, str(row["pairs"]), others])
+            rows.append([*head, name, *times, spread, str(row["pairs"]), _percent(row["others"])])
     return _table(["case", "side", "pass", "ours, ms", "side, ms", "ours ÷ side", "pairs", "others' load"], rows)
 
 

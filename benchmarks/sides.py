@@ -6,6 +6,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,11 @@ class Side:
         build: the callable for a case; imports what it needs.
         passes: what can be timed; a side without a backward is a yardstick, not a loss.
         requires: the module that has to be importable.
-        matrices: its peak in B x B float32 matrices, roughly: sides that can't fit are skipped, not tried.
+        matrices, per_triplet: its peak in B x B float32 matrices and in bytes a triplet, roughly: sides that can't
+            fit are skipped, not tried.
+        reduction: that of ours which is its own.
+        compared_in: the type in which it is checked against ours; empty: that of the case. Where the nearest of many
+            negatives beyond d_ap is chosen, rounding to float32 makes either side choose now and then the next but one.
         remark: where its definition can't coincide with ours, and what the comparison does about it.
     """
 
@@ -37,13 +42,20 @@ class Side:
     passes: tuple[str, ...] = PASSES
     requires: str = "torch"
     matrices: float = 0.0
+    per_triplet: float = 0.0
+    reduction: str = "mean"
+    compared_in: str = ""
     remark: str = ""
 
     def takes(self, case: Case) -> bool:
         return case.family in self.families and (not self.distances or case.distance in self.distances)
 
     def bytes_needed(self, case: Case) -> float:
-        return self.matrices * 4.0 * case.batch**2
+        return self.matrices * 4.0 * case.batch**2 + self.per_triplet * case.triplets
+
+    def ours(self, case: Case) -> Loss:
+        """Ours as it stands beside this side."""
+        return _ours(case, self.reduction)
 
 
 def absent(side: Side) -> str:
@@ -55,13 +67,13 @@ def absent(side: Side) -> str:
     return ""
 
 
-def _ours(case: Case) -> Loss:
+def _ours(case: Case, reduction: str = "mean") -> Loss:
     import triplet_ext
 
     if case.family == "torch_nn":
         return triplet_ext.TripletMarginLoss(case.margin)
     mining = case.family if case.family in MINED else "batch_hard"
-    return triplet_ext.TripletLoss(case.margin, distance=case.distance, mining=mining)
+    return triplet_ext.TripletLoss(case.margin, distance=case.distance, mining=mining, reduction=reduction)
 
 
 def _mm(case: Case) -> Loss:
@@ -116,21 +128,35 @@ def _pytorch_metric_learning(case: Case) -> Loss:
     def distance() -> distances.LpDistance:
         return distances.LpDistance(normalize_embeddings=False, power=1 if case.distance == "euclidean" else 2)
 
-    miner = miners.BatchHardMiner(distance=distance())
     # Its own default divides by the number of active triplets; MeanReducer by that of all, as ours.
     loss = losses.TripletMarginLoss(case.margin, distance=distance(), reducer=reducers.MeanReducer())
+    if case.family == "batch_all":
+        return lambda x, labels: loss(x, labels)
+    if case.family == "easy_positive":
+        miner = miners.BatchEasyHardMiner(pos_strategy="easy", neg_strategy="semihard", distance=distance())
+    else:
+        miner = miners.BatchHardMiner(distance=distance())
     return lambda x, labels: loss(x, labels, miner(x, labels))
 
 
-def _sentence_transformers(case: Case) -> Loss:
+def sentence_transformers_losses() -> Any:
     try:
-        module = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+        return importlib.import_module("sentence_transformers.sentence_transformer.losses")
     except ImportError:  # before version 6
-        module = importlib.import_module("sentence_transformers.losses")
+        return importlib.import_module("sentence_transformers.losses")
+
+
+def _sentence_transformers(case: Case) -> Loss:
+    module = sentence_transformers_losses()
     metric = module.BatchHardTripletLossDistanceFunction.euclidean_distance
     metric = functools.partial(metric, squared=case.distance == "squared_euclidean")
-    loss = module.BatchHardTripletLoss(None, metric, case.margin)  # no model: embeddings come ready-made
-    return lambda x, labels: loss.batch_hard_triplet_loss(labels, x)
+    name, method = {
+        "batch_hard": ("BatchHardTripletLoss", "batch_hard_triplet_loss"),
+        "semi_hard": ("BatchSemiHardTripletLoss", "batch_semi_hard_triplet_loss"),
+        "batch_all": ("BatchAllTripletLoss", "batch_all_triplet_loss"),
+    }[case.family]
+    loss = getattr(getattr(module, name)(None, metric, case.margin), method)  # no model: embeddings come ready-made
+    return lambda x, labels: loss(labels, x)
 
 
 OURS = Side("ours", "triplet_ext", MINED + EXPLICIT, _ours)
@@ -178,6 +204,50 @@ OTHERS = [
         requires="sentence_transformers",
         matrices=12,
         remark="BatchHardTripletLoss on ready-made embeddings; it keeps singletons in the mean, the data has none",
+    ),
+    Side(
+        "pytorch_metric_learning",
+        "pytorch-metric-learning",
+        ("easy_positive",),
+        _pytorch_metric_learning,
+        requires="pytorch_metric_learning",
+        matrices=10,
+        compared_in="float64",
+        remark="easy_positive: BatchEasyHardMiner(pos_strategy='easy', neg_strategy='semihard'), else as batch_hard; it"
+        " drops an anchor without a negative beyond its positive, ours takes the farthest: the data has no such"
+        " anchor. It has no semi_hard: this miner refuses pos_strategy='all', and TripletMarginMiner('semihard')"
+        " keeps every negative within the margin, not the nearest. Both are compared in float64: in float32 either"
+        " chooses now and then another negative",
+    ),
+    Side(
+        "pytorch_metric_learning",
+        "pytorch-metric-learning",
+        ("batch_all",),
+        _pytorch_metric_learning,
+        requires="pytorch_metric_learning",
+        per_triplet=50,  # up to B = 1290, where it makes a cube of bytes, 2 GB instead at the most
+        remark="batch_all: TripletMarginLoss without a miner, set to ours as for batch_hard; it lists the triplets",
+    ),
+    Side(
+        "sentence_transformers",
+        "sentence-transformers",
+        ("semi_hard",),
+        _sentence_transformers,
+        requires="sentence_transformers",
+        matrices=21,
+        compared_in="float64",
+        remark="semi_hard: BatchSemiHardTripletLoss on ready-made embeddings; compared in float64, likewise",
+    ),
+    Side(
+        "sentence_transformers",
+        "sentence-transformers",
+        ("batch_all",),
+        _sentence_transformers,
+        requires="sentence_transformers",
+        per_triplet=25,
+        reduction="mean_active",
+        remark="batch_all: BatchAllTripletLoss on ready-made embeddings; its mean is over active triplets, and beside"
+        " it ours is, too",
     ),
     Side("torch_nn", "torch.nn.TripletMarginLoss", ("torch_nn",), _torch_nn),
     Side(

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: an installed 
 
 from benchmarks import agree, goals, machine, measure, memory, report, sides, timing  # noqa: E402
 from benchmarks.__main__ import dumps, main  # noqa: E402
-from benchmarks.cases import FULL, MEMORY_FULL, QUICK, Case  # noqa: E402
+from benchmarks.cases import FULL, MEMORY_FULL, QUICK, STRATEGIES, Case  # noqa: E402
 from benchmarks.data import inputs, rotation  # noqa: E402
 from benchmarks.records import Records  # noqa: E402
 
@@ -113,8 +113,22 @@ def test_inputs():
     assert a.plain[1].bincount().tolist() == [4] * 8 and not torch.equal(a.plain[1], a.plain[1].sort().values)
     assert [x.requires_grad for x in a.args] == [True, False] and not any(x.requires_grad for x in a.plain)
     assert len(inputs(Case("explicit", 32, 8), 1).leaves) == 3
+    assert inputs(replace(case, per_class=16), 1).plain[1].bincount().tolist() == [16, 16]
+    wide = a.to(torch.float64)
+    assert [x.dtype for x in wide.args] == [torch.float64, torch.int64] and wide.args[0].requires_grad
+    assert torch.equal(wide.plain[0].float(), a.plain[0]) and torch.equal(wide.plain[1], a.plain[1])
     with pytest.raises(ValueError, match="multiple of per_class=4"):
         inputs(Case("batch_hard", 30, 8), 1)
+
+
+@pytest.mark.parametrize(("converged", "half", "share"), [(0, 0, (0.4, 0.6)), (1, 0, (0, 0)), (1, 1, (0.2, 0.3))])
+def test_active_triplets(converged, half, share):
+    """Of noise half, of converged classes none, and where half of the classes are tight, half of those."""
+    case = Case("batch_all", 256, 128, converged=bool(converged))
+    loss = sides.OURS.build(case)
+    loss(*inputs(case, 1, half_active=bool(half)).plain)
+    assert int(loss.stats.triplets) == case.triplets == 256 * 3 * 252
+    assert share[0] <= float(loss.stats.active) / case.triplets <= share[1]
 
 
 def test_each_call_finds_its_inputs_just_written():
@@ -133,6 +147,9 @@ def _pairs():
         Case("explicit", 64, 16),
         Case("explicit", 64, 16, "euclidean"),
         Case("torch_nn", 64, 16, "p_norm"),
+        *(replace(SMALL, family=family, distance=d) for family in STRATEGIES for d in (SMALL.distance, "euclidean")),
+        Case("batch_all", 64, 16, per_class=32),
+        Case("batch_all", 64, 16, converged=True),
     ]
     return [(case, side) for case in cases for side in sides.sides_of(case) if "backward" in side.passes]
 
@@ -141,7 +158,31 @@ def _pairs():
 def test_every_side_agrees_with_ours(case, side):
     if reason := sides.absent(side):
         pytest.skip(reason)
-    agree.check(sides.OURS.build(case), side.build(case), inputs(case, 0, half_active=True), side.title)
+    batch = inputs(case, 0, half_active=True)
+    if side.compared_in:
+        batch = batch.to(getattr(torch, side.compared_in))
+    agree.check(side.ours(case), side.build(case), batch, side.title)
+
+
+def test_strategies_stand_beside_every_library_that_has_them():
+    peers = {family: [side.name for side in sides.sides_of(replace(SMALL, family=family))] for family in STRATEGIES}
+    assert peers == {
+        "semi_hard": ["mm", "sentence_transformers"],
+        "easy_positive": ["mm", "pytorch_metric_learning"],
+        "batch_all": ["mm", "pytorch_metric_learning", "sentence_transformers"],
+    }
+    of_its_own = {(family, s.name) for s in sides.OTHERS for family in s.families if s.reduction != "mean"}
+    assert of_its_own == {("batch_all", "sentence_transformers")}
+    case = replace(SMALL, family="batch_all")
+    ours = {side.name: side.ours(case).reduction for side in sides.sides_of(case)}
+    assert ours == {"mm": "mean", "pytorch_metric_learning": "mean", "sentence_transformers": "mean_active"}
+
+
+def test_sides_that_list_triplets_are_skipped_where_these_do_not_fit():
+    few, many = (Case("batch_all", 4096, 128, per_class=k) for k in (4, 2048))
+    for side in sides.sides_of(many):
+        needed = side.bytes_needed(few), side.bytes_needed(many)
+        assert side.name == "mm" or (needed[0] < 4e9 and needed[1] > 4e11)
 
 
 def test_disagreement_is_noticed():
@@ -155,12 +196,19 @@ def test_disagreement_is_noticed():
         agree.check(ours, lambda x, y: ours(x.detach(), y) + (x - x.detach()).sum(), batch, "x")
 
 
+def test_names():
+    assert Case("batch_all", 4096, 128).name == "batch_all-4096x128"
+    assert Case("batch_all", 4096, 128, per_class=2048).name == "batch_all-4096x128-2classes"
+    assert Case("batch_all", 4096, 128, "cosine", converged=True).name == "batch_all-4096x128-cosine-converged"
+
+
 def test_case_names_are_unique_and_goals_name_cases_that_are_measured():
     for cases in (FULL, QUICK, MEMORY_FULL):
         assert len({case.name for case in cases}) == len(cases)
     timed = {(case.name, side.name) for case in FULL for side in sides.sides_of(case)}
     for goal in goals.GOALS:
         assert all((goal.case, side) in timed for side in goal.sides)
+        assert goal.kind != "cases" or all((goal.other, side) in timed for side in goal.sides)
         assert goal.kind != "memory" or goal.case in {case.name for case in MEMORY_FULL}
 
 
@@ -184,6 +232,7 @@ def _results():
 
     case, huge = Case("batch_hard", 4096, 128), Case("batch_hard", 16384, 128)
     explicit = Case("torch_nn", 4096, 128, "p_norm")
+    few, many = Case("batch_all", 4096, 128), Case("batch_all", 4096, 128, per_class=2048)
     weighed = [
         {"case": huge.to_json(), "side": "ours", "title": "triplet_ext", "bytes": 8 << 20},
         {"case": huge.to_json(), "side": "mm", "title": "MM", "bytes": 1 << 30},
@@ -205,6 +254,10 @@ def _results():
             row(case, "eager_mm", 40.0),
             row(explicit, "torch_nn", 3.0),
             {"case": huge.to_json(), "side": "mm", "title": "MM", "skipped": "needs about 99 GB, 1 GB are free"},
+            {**row(few, "mm", 1.0, ("forward",)), "active": 0.514},
+            row(few, "peer", 50.0),
+            row(many, "mm", 0.2, ("forward",)),
+            {"case": many.to_json(), "side": "peer", "title": "PEER", "skipped": "needs about 99 GB, 1 GB are free"},
         ],
         "memory": weighed,
     }
@@ -219,6 +272,15 @@ def test_goals():
     assert rows["batch_hard-16384x128: at most 32 MB extra peak memory"] == ("8", "met")
     assert rows["import triplet_ext: at most 100 ms on top of torch"] == ("120", "MISSED")
     assert rows["batch_hard-8192x512: at most 0.6 × mm"] == ("not measured", "")
+    # 2 / 0.2 over 2 / 1.
+    of_cases = "{}: at most {} × {}, each in units of mm"
+    two_classes = of_cases.format("batch_all-4096x128-2classes", 4, "batch_all-4096x128")
+    assert rows[two_classes] == ("5", "MISSED")
+    easy_positive = of_cases.format("easy_positive-4096x128", 1.05, "semi_hard-4096x128")
+    assert rows[easy_positive] == ("not measured", "")
+    half = _results()
+    half["times"] = [row for row in half["times"] if row["case"]["name"] != "batch_all-4096x128"]
+    assert dict((asked, shown) for asked, shown, _ in goals.judged(half))[two_classes] == "not measured"
 
 
 def test_records():
@@ -239,11 +301,26 @@ def test_report_says_what_was_measured():
     assert "in doubt" not in text
     disturbed = _results()
     disturbed["times"][0]["others"] = 0.5
-    assert "during 1 of 5 comparisons (up to 50 % of the cores)" in report.block(disturbed)
+    assert "during 1 of 9 comparisons (up to 50 % of the cores)" in report.block(disturbed)
+    assert "| batch_all, 4096 × 128 | 51 % | 2 (2–2) | 2 (2–2) | 2 (2–2) | 2.00 | 25 × |" in text
+    assert "| batch_all, 4096 × 128, 2 classes | – | 2 (2–2) | 2 (2–2) | 2 (2–2) | 10.00 | does not fit |" in text
     page = report.page(_results())
     assert "## Asked and measured" in page and "skipped: needs about 99 GB" in page and "- a note" in page
     for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
         assert len({line.count(" | ") for line in table.splitlines()}) == 1, table
+
+
+def test_what_was_not_measured_has_no_table():
+    old = _results()
+    old["times"] = [row for row in old["times"] if row["case"]["family"] in ("batch_hard", "torch_nn")]
+    for row in old["times"]:
+        del row["case"]["converged"]  # a file of before the strategies
+    text = report.block(old, "x.png")
+    assert "**Batch-hard**" in text and "strategies" not in text and "each strategy" not in text
+    only = _results()
+    only["times"], only["memory"] = only["times"][-4:], []
+    titles = re.findall(r"\*\*(.*?)\*\*", report.block(only, "x.png"))
+    assert titles == ["Other strategies"]
 
 
 def test_markers():
@@ -278,6 +355,17 @@ def test_plot(tmp_path):
     from benchmarks import plot
 
     assert plot.curves(_results())["triplet_ext"] == {"time": [(4096, 2.0)], "memory": [(16384, 8.0)]}
+    blocks = plot.bars(_results())
+    assert {case: set(found) for case, found in blocks.items()} == {
+        "batch_hard": {"triplet_ext", "EAGER_CDIST", "EAGER_MM"},
+        "batch_all": {"triplet_ext", "PEER"},
+        "batch_all\n2 classes": {"triplet_ext"},
+    }
+    assert blocks["batch_all"] == {"triplet_ext": pytest.approx(2), "PEER": pytest.approx(50)}
+    plain = _results()
+    plain["times"] = plain["times"][:5]
+    assert plot.bars(plain) == {}
+    plot.draw(plain, tmp_path / "plain.png")
     plot.draw(_results(), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
@@ -295,7 +383,7 @@ def test_result_files_are_named_after_the_machine(model, count, name):
 
 
 def test_memory_sees_what_a_side_allocates():
-    case = Case("batch_hard", 2048, 16)
+    case = Case("batch_hard", 2048, 16, per_class=1024)  # more than the rows of the warm-up
     mm = next(side for side in sides.sides_of(case) if side.name == "mm")
     assert memory.measure(mm, case)["bytes"] == pytest.approx(4 * 2048**2, rel=0.3)
     greedy = replace(mm, matrices=1e9)
@@ -313,7 +401,8 @@ def test_an_absent_peer_is_a_note(monkeypatch):
 
 
 def test_smoke(tmp_path, capsys, monkeypatch):
-    plan = measure.Plan("quick", [SMALL], [], timing.Budget(0.01, 1, 3), 1, 0.0)
+    semi_hard = replace(SMALL, family="semi_hard")  # whose peer is compared in float64
+    plan = measure.Plan("quick", [SMALL, semi_hard], [], timing.Budget(0.01, 1, 3), 1, 0.0)
     monkeypatch.setitem(measure.PLANS, "quick", plan)
     readme = Path(__file__).parents[1] / "README.md"
     before = readme.read_text()
@@ -326,4 +415,5 @@ def test_smoke(tmp_path, capsys, monkeypatch):
     for row in results["times"]:
         assert row["ratio"]["both"]["median"] > 0 and row["pairs"] >= 1
         assert set(row["raw_us"]["ours"]) == {"forward", "backward", "both"}
+        assert 0.5 < row["active"] <= 1
     assert main(["--quick", "--only", "nothing"]) == 2

@@ -201,8 +201,8 @@ struct Side {
   }
 
   Panels<T> view() const {
-    return {data.get(), bias.get(),  lack.empty() ? nullptr : half_lack.get(), group.get(), first.data(),
-            last.data(), gaps.data(), depth};
+    return {data.get(),  bias.get(), lack.empty() ? nullptr : half_lack.get(), group.get(), first.data(), last.data(),
+            gaps.data(), depth};
   }
 
   bool all_finite() const { return std::find(finite.begin(), finite.end(), uint8_t(0)) == finite.end(); }

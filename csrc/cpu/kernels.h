@@ -124,9 +124,9 @@ struct Excess {
 // as well.
 template <typename T>
 struct Nearest {
-  T* y;             // [count]
-  Lane<T>* index;   // [count]: packed reference, -1 none
-  T farthest;       // and the smallest of all
+  T* y;            // [count]
+  Lane<T>* index;  // [count]: packed reference, -1 none
+  T farthest;      // and the smallest of all
   Lane<T> farthest_index;
 };
 

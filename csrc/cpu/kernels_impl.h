@@ -588,9 +588,9 @@ static void settle(const T* panel, const T* bias, const Panels<T>& b, int64_t b_
 
 template <typename T>
 static constexpr Kernels<T> make_kernels() {
-  return {kPanel<T>,        kTileRows,           inspect<T>, square<T>,  pack<T>,  hardest<T>,      settle<T>,
-          row_distances<T>, squared_distance<T>, excess<T>,  nearest<T>, weigh<T>, pull_anchors<T>, pull_references<T>,
-          forward<T>,       backward<T>,         gather<T>};
+  return {kPanel<T>,       kTileRows,          inspect<T>,          square<T>,   pack<T>,    hardest<T>,
+          settle<T>,       row_distances<T>,   squared_distance<T>, excess<T>,   nearest<T>, weigh<T>,
+          pull_anchors<T>, pull_references<T>, forward<T>,          backward<T>, gather<T>};
 }
 
 }  // namespace

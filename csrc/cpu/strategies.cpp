@@ -104,7 +104,8 @@ class Mined {
  public:
   Mined(Side<T>& anchors, Side<T>* references, std::optional<int64_t> offset, Rule positive, Rule negative,
         const Measure& measure)
-      : problem_(anchors, references, offset, measure.distance == Distance::Cosine, std::is_same_v<T, float> ? 40 : 400),
+      : problem_(anchors, references, offset, measure.distance == Distance::Cosine,
+                 std::is_same_v<T, float> ? 40 : 400),
         a_(problem_.a),
         r_(problem_.r),
         pairing_{a_.view(), r_.view(), measure.distance == Distance::Euclidean},
@@ -129,8 +130,6 @@ class Mined {
       most_ = std::max(most_, positive_ == Rule::All ? positives_of(i) : 1);
     }
   }
-
-  const Problem<T>& problem() const { return problem_; }
 
   // The positive and the negative of each anchor, where the rules take one of each.
   void select(int64_t* positive, int64_t* negative) const {
@@ -179,7 +178,8 @@ class Mined {
     for (int64_t i = 0; i < a_.count; ++i) {
       const int64_t o = a_.order[i];
       if (has_triplets(i))
-        sums.triplets[o] = (positive_ == Rule::All ? positives_of(i) : 1) * (negative_ == Rule::All ? negatives_of(i) : 1);
+        sums.triplets[o] =
+            (positive_ == Rule::All ? positives_of(i) : 1) * (negative_ == Rule::All ? negatives_of(i) : 1);
       if (spoilt(i, references_finite))
         sums.loss[o] = sums.positive[o] = sums.negative[o] = std::numeric_limits<double>::quiet_NaN();
     }
@@ -472,6 +472,13 @@ class Mined {
   void weigh(int64_t p, Group<T>& group, const Weight<T>& weight, const int32_t* saved, int64_t width,
              const PackedRows& rows, const Strip& strip) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, tile = P * tile_rows;
+    const uint32_t* marks = marks_fit(width) ? reinterpret_cast<const uint32_t*>(saved) : nullptr;
+    if (negative_ == Rule::All && marks) {
+      // Of a batch that is not a whole number of panels, the last has groups of rows that there is no room for.
+      const int64_t groups = P / tile_rows, rows = (a_.count + tile_rows - 1) / tile_rows;
+      const uint32_t *first = marks + p * groups * words(), *last = marks + std::min(rows, (p + 1) * groups) * words();
+      if (std::all_of(first, last, [](uint32_t bits) { return bits == 0; })) return;  // nothing is active
+    }
     choose_positives(p, group);
     std::vector<T> own(P);
     for (int64_t r = 0; r < P; ++r)
@@ -485,7 +492,7 @@ class Mined {
       return here[r % tile_rows * P + j % P];
     };
     if (negative_ == Rule::All) {
-      weigh_all(p, group, own, marks_fit(width) ? reinterpret_cast<const uint32_t*>(saved) : nullptr, strip);
+      weigh_all(p, group, own, marks, strip);
       for (int64_t r = 0; r < P; ++r) {
         const auto& anchor = group.anchors[r];
         for (size_t t = 0; t < anchor.positives.size(); ++t) {
@@ -507,7 +514,8 @@ class Mined {
   }
 
   // Those of all negatives, and what pulls at each positive.
-  void weigh_all(int64_t p, Group<T>& group, const std::vector<T>& own, const uint32_t* saved, const Strip& strip) const {
+  void weigh_all(int64_t p, Group<T>& group, const std::vector<T>& own, const uint32_t* saved,
+                 const Strip& strip) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, groups = P / tile_rows;
     set_thresholds(group, margin_shift());
     std::vector<double*> pulls(P);
@@ -564,7 +572,7 @@ class Mined {
   Measure measure_;
   std::vector<int64_t> class_begin_, class_end_;  // of an anchor's class among the packed references
   int64_t most_ = 0;                              // positives taken of an anchor
-  double unit_;  // d is -unit y
+  double unit_;                                   // d is -unit y
   int64_t block_;
   bool serial_;
 };
@@ -637,10 +645,9 @@ std::tuple<at::Tensor, at::Tensor> select_pair_cpu(const at::Tensor& embeddings,
   if (embeddings.size(0) == 0) return {p, n};
   dispatch(embeddings, [&](auto zero) {
     const Measure measure{0, 2, 0, parse_distance(distance), false, false};
-    with_mined<decltype(zero)>(embeddings, labels, references, reference_labels, reference_offset, positive, negative,
-                               measure, [&](const auto& mined) {
-                                 mined.select(p.mutable_data_ptr<int64_t>(), n.mutable_data_ptr<int64_t>());
-                               });
+    with_mined<decltype(zero)>(
+        embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
+        [&](const auto& mined) { mined.select(p.mutable_data_ptr<int64_t>(), n.mutable_data_ptr<int64_t>()); });
   });
   return {p, n};
 }
@@ -711,13 +718,12 @@ std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
                       }
                       const auto [a, p, n] = listed(mined);
                       at::Tensor each = at::empty({a.size(0)}, options);
-                      for (int64_t t = 0; t < a.size(0); ++t)
-                        each.mutable_data_ptr<T>()[t] = weight.of(index_of(a)[t]);
+                      for (int64_t t = 0; t < a.size(0); ++t) each.mutable_data_ptr<T>()[t] = weight.of(index_of(a)[t]);
                       const auto [of_listed, distances, of_stats] = indexed_triplet_loss_cpu(
                           embeddings, references, a, p, n, margin, distance, swap, soft_margin, "none");
-                      std::tie(own, other) = indexed_triplet_loss_backward_cpu(each, embeddings, references, a, p, n,
-                                                                               distances, of_stats, margin, distance,
-                                                                               swap, soft_margin, "none");
+                      std::tie(own, other) =
+                          indexed_triplet_loss_backward_cpu(each, embeddings, references, a, p, n, distances, of_stats,
+                                                            margin, distance, swap, soft_margin, "none");
                       own = own.to(options.dtype());
                       other = other.to(options.dtype());
                       mined.poison(own.mutable_data_ptr<T>(), other.mutable_data_ptr<T>());

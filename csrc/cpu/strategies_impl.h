@@ -26,7 +26,8 @@ template <typename T>
 TRIPLET_INLINE typename Simd<T>::V root_of(typename Simd<T>::V x) {
   T lanes[kWidth<T>];
   store(lanes, x);
-  for (int l = 0; l < kWidth<T>; ++l) lanes[l] = sizeof(T) == 4 ? T(__builtin_sqrtf(float(lanes[l]))) : T(__builtin_sqrt(lanes[l]));
+  for (int l = 0; l < kWidth<T>; ++l)
+    lanes[l] = sizeof(T) == 4 ? T(__builtin_sqrtf(float(lanes[l]))) : T(__builtin_sqrt(lanes[l]));
   return load(lanes);
 }
 
@@ -114,7 +115,7 @@ TRIPLET_INLINE typename Simd<T>::V exp_of(typename Simd<T>::V x) {
   // ln 2 in two parts, the first with few enough bits to be multiplied exactly.
   constexpr T kHigh = kSingle ? T(0.693359375) : T(6.93147180369123816490e-01);
   constexpr T kLow = kSingle ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10);
-  x = larger(x, broadcast(T(kSingle ? -104 : -746)));  // what is below is 0 in T
+  x = larger(x, broadcast(T(kSingle ? -104 : -746)));                              // what is below is 0 in T
   const M n = __builtin_convertvector(x * T(1.44269504088896340736) - T(0.5), M);  // towards 0: to the nearest
   const V whole = __builtin_convertvector(n, V), rest = x - whole * kHigh - whole * kLow;
   V value = broadcast(T(1));
@@ -144,8 +145,9 @@ static void row_distances(const Pairing<T>& pairing, int64_t i, int64_t begin, i
     for (int r = 0; r < kTileRows; ++r)
       for (int c = 0; c < kTileVectors; ++c) store(y + r * stride + j - begin * P + c * kWidth<T>, tile[r][c]);
   };
-  walk<T>(pairing.a.data, pairing.a.bias, pairing.b, false, {panel, panel + 1, begin, end}, [](int64_t, int64_t) {},
-          visit, [](int64_t) {}, [i](int64_t row, int64_t) { return row == i; });
+  walk<T>(
+      pairing.a.data, pairing.a.bias, pairing.b, false, {panel, panel + 1, begin, end}, [](int64_t, int64_t) {}, visit,
+      [](int64_t) {}, [i](int64_t row, int64_t) { return row == i; });
 }
 
 template <typename T>
@@ -156,8 +158,8 @@ static T squared_distance(const T* x, const T* y, int64_t depth) {
   });
 }
 
-// Walks one panel of anchors that have thresholds: visit(tile, first row within the panel, panel of b, whether there are
-// others than negatives), with y of negatives.
+// Walks one panel of anchors that have thresholds: visit(tile, first row within the panel, panel of b, whether there
+// are others than negatives), with y of negatives.
 template <typename T, typename Begin, typename Visit, typename End, typename Wanted = Always>
 TRIPLET_INLINE void walk_negatives(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
                                    const Thresholds<T>* thresholds, Begin begin, Visit visit, End end,
@@ -178,8 +180,8 @@ TRIPLET_INLINE void walk_negatives(const Pairing<T>& pairing, int64_t panel, int
     if (live) end(i - first);
   };
   const auto want = [&](int64_t i, int64_t bp) { return live && wanted(i - first, bp); };
-  walk<T>(pairing.a.data, pairing.a.bias, pairing.b, false, {panel, panel + 1, begin_panel, end_panel}, start, see, stop,
-          want);
+  walk<T>(pairing.a.data, pairing.a.bias, pairing.b, false, {panel, panel + 1, begin_panel, end_panel}, start, see,
+          stop, want);
 }
 
 TRIPLET_INLINE bool marked(Marks marks, int64_t i, int64_t bp) {
@@ -458,8 +460,7 @@ static void pull_references(Weights<T> weights, Marks marks, int64_t groups, int
     if (!marked(marks, g * kTileRows, panel)) continue;
     some = true;
     for (int r = 0; r < kTileRows; ++r)
-      for (int c = 0; c < kTileVectors; ++c)
-        store(sums + c * W, load(sums + c * W) + load(tile_of(g) + r * P + c * W));
+      for (int c = 0; c < kTileVectors; ++c) store(sums + c * W, load(sums + c * W) + load(tile_of(g) + r * P + c * W));
   }
   if (!some) return;
   for (int64_t j = 0; j < P; j += kTileRows)

@@ -86,7 +86,7 @@ struct Group {
   };
   std::vector<Anchor> anchors;
   std::vector<Thresholds<T>> thresholds;
-  std::vector<T> distances;
+  std::vector<T> distances, row;
   Sorter<T> sort;
 
   explicit Group(int64_t panel) : anchors(panel), thresholds(panel) {}
@@ -495,9 +495,19 @@ class Mined {
       weigh_all(p, group, own, marks, strip);
       for (int64_t r = 0; r < P; ++r) {
         const auto& anchor = group.anchors[r];
+        if (anchor.positives.empty()) continue;
+        // Side by side first: in order of distance, they would go all over the tiles.
+        const int64_t begin = class_begin_[p * P + r], end = class_end_[p * P + r];
+        group.row.assign(end - begin, T(0));
         for (size_t t = 0; t < anchor.positives.size(); ++t) {
           const auto& [y, j] = anchor.positives[t];
-          if (anchor.pulls[t] != 0) at(r, j) += pull_of(own[r] * T(anchor.pulls[t]), y);
+          if (anchor.pulls[t] != 0) group.row[j - begin] = pull_of(own[r] * T(anchor.pulls[t]), y);
+        }
+        for (int64_t from = begin, to; from < end; from = to) {
+          to = std::min(end, (from / P + 1) * P);
+          const T *weights = group.row.data() + from - begin, *stop = group.row.data() + to - begin;
+          if (std::all_of(weights, stop, [](T weight) { return weight == 0; })) continue;
+          for (T* tile = &at(r, from); weights < stop;) *tile++ += *weights++;
         }
       }
       return;

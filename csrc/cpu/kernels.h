@@ -107,8 +107,10 @@ struct Pairing {
 template <typename T>
 struct Thresholds {
   const T* values = nullptr;  // then infinity, up to a power of two less 1
-  const T* sums = nullptr;    // [count + 1]: of the first so many; not for the search of the best
-  Lane<T> count = 0;          // 0: no anchor
+  const T* sums =
+      nullptr;  // [count + 1]: of the first so many less `middle`, lest digits cancel; only of all negatives
+  T middle = 0;
+  Lane<T> count = 0;  // 0: no anchor
 };
 // From more thresholds than this on, they are searched by halves.
 constexpr int kFewThresholds = 16;

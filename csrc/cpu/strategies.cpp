@@ -363,14 +363,14 @@ class Mined {
       int64_t room = 1;
       while (room <= count) room *= 2;
       anchor.values.assign(room, std::numeric_limits<T>::infinity());
+      for (int64_t t = 0; t < count && !nearest; ++t) anchor.values[t] = anchor.positives[t].first + shift;
+      group.thresholds[r] = {anchor.values.data(), nullptr, count ? anchor.values[count / 2] : T(0), Lane<T>(count)};
+      if (negative_ != Rule::All) continue;
       anchor.sums.resize(count + 1);
-      anchor.sums[0] = 0;
-      double total = 0;
-      for (int64_t t = 0; t < count && !nearest; ++t) {
-        anchor.values[t] = anchor.positives[t].first + shift;
-        anchor.sums[t + 1] = T(total += anchor.values[t]);
-      }
-      group.thresholds[r] = {anchor.values.data(), anchor.sums.data(), Lane<T>(count)};
+      double total = anchor.sums[0] = 0;
+      for (int64_t t = 0; t < count; ++t)
+        anchor.sums[t + 1] = T(total += double(anchor.values[t]) - double(group.thresholds[r].middle));
+      group.thresholds[r].sums = anchor.sums.data();
     }
   }
 

@@ -226,14 +226,16 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
     for (int r = 0; r < kTileRows; ++r) {
       const Thresholds<T>& own = thresholds[i + r];
       if (soft) {
+        V here{};  // with many thresholds, one tile's terms are all that a sum of T should have
         for (Lane<T> p = 0; p < own.count; ++p)
           for (int c = 0; c < kTileVectors; ++c) {
             const V t = (tile[r][c] - own.values[p]) * T(unit);
             const V value = larger(t, V{}) + log1p_of<T>(exp_of<T>(t > 0 ? -t : t));
             const V there = t == t ? value : V{};
-            loss[r] += there;
+            here += there;
             active[r] -= there > 0;
           }
+        excess[i + r].loss += sum<T>(here);
       } else if (own.count <= kFewThresholds) {
         for (Lane<T> p = 0; p < own.count; ++p) {
           const V threshold = broadcast(own.values[p]);
@@ -250,7 +252,7 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
           Lane<T> below[W];
           store(y, tile[r][c]);
           count_below<false>(own, y, below);
-          for (int l = 0; l < W; ++l) sum[l] = below[l] ? below[l] * y[l] - own.sums[below[l]] : T(0);
+          for (int l = 0; l < W; ++l) sum[l] = below[l] ? below[l] * (y[l] - own.middle) - own.sums[below[l]] : T(0);
           loss[r] += load(sum);
           active[r] += load_lanes<T>(below);
         }

@@ -314,11 +314,11 @@ void select_not_finite(const Side<T>& a, const Side<T>& r, const std::vector<int
       const int64_t o = a.order[i], own = self[o];
       int64_t p = first_bad[0] != own ? first_bad[0] : first_bad[1];
       int64_t n = bad.outside(r, a.labels[o]);
-      if (!a.finite[o]) {
-        p = begin < end ? r.order[begin] : -1;
-        if (p == own) p = begin + 1 < end ? r.order[begin + 1] : -1;
-        n = any.outside(r, a.labels[o]);
-      }
+      int64_t first = begin < end ? r.order[begin] : -1;
+      if (first == own) first = begin + 1 < end ? r.order[begin + 1] : -1;
+      // Beside one that isn't finite, any will do where none was chosen.
+      if (!a.finite[o] || (p < 0 && positive[o] < 0)) p = first;
+      if (!a.finite[o] || (n < 0 && negative[o] < 0)) n = any.outside(r, a.labels[o]);
       if (p >= 0) positive[o] = p;
       if (n >= 0) negative[o] = n;
     }

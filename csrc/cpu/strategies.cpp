@@ -19,6 +19,8 @@ namespace triplet_ext {
 namespace {
 
 constexpr int64_t kStripBytes = 8 << 20;  // of weights held at a time
+constexpr int64_t kMostPanels = 32;       // whose terms are added up in T
+constexpr int64_t kCloseRoom = 4096;      // pairs of a panel of anchors, of those that a kernel finds
 
 enum class Rule { Hard, Easy, SemiHard, All };
 
@@ -87,6 +89,7 @@ struct Group {
   std::vector<Anchor> anchors;
   std::vector<Thresholds<T>> thresholds;
   std::vector<T> distances, row;
+  std::vector<ClosePair<T>> close;
   Sorter<T> sort;
 
   explicit Group(int64_t panel) : anchors(panel), thresholds(panel) {}
@@ -104,8 +107,7 @@ class Mined {
  public:
   Mined(Side<T>& anchors, Side<T>* references, std::optional<int64_t> offset, Rule positive, Rule negative,
         const Measure& measure)
-      : problem_(anchors, references, offset, measure.distance == Distance::Cosine,
-                 std::is_same_v<T, float> ? 40 : 400),
+      : problem_(anchors, references, offset, measure.distance == Distance::Cosine, largest_scale(measure.margin)),
         a_(problem_.a),
         r_(problem_.r),
         pairing_{a_.view(), r_.view(), measure.distance == Distance::Euclidean},
@@ -116,7 +118,7 @@ class Mined {
         class_end_(a_.count) {
     const double scale = problem_.scale;
     unit_ = problem_.cosine ? 1 : pairing_.root ? 1 / scale : 2 / (scale * scale);
-    block_ = std::max<int64_t>(1, kBlockBytes / (panel() * (a_.depth + 1) * int64_t(sizeof(T))));
+    block_ = std::clamp<int64_t>(kBlockBytes / (panel() * (a_.depth + 1) * int64_t(sizeof(T))), 1, kMostPanels);
     serial_ = double(a_.count) * double(r_.count) * double(a_.depth + 16) < kSerialProducts;
     for (int64_t i = 0, begin = 0, end = 0; i < a_.count; ++i) {
       if (i == 0 || a_.klass[i] != a_.klass[i - 1]) {
@@ -214,6 +216,7 @@ class Mined {
     const int64_t strip = std::clamp<int64_t>(kStripBytes / panel_bytes, 1, a_.panels);
     const Buffer<T> tiles(strip * groups * r_.panels * tile);
     std::vector<uint32_t> bits(strip * groups * words);
+    std::vector<std::vector<ClosePair<T>>> close(strip);
     for (int64_t from = 0; from < a_.panels; from += strip) {
       const int64_t to = std::min(a_.panels, from + strip);
       std::fill(bits.begin(), bits.end(), 0);
@@ -223,7 +226,8 @@ class Mined {
       };
       each_panel(from, to, [&](int64_t p, Group<T>& group) {
         const Strip here = strip_of(p);
-        weigh(p, group, weight, saved, width, {x.get(), r, depth}, here);
+        close[p - from].clear();
+        weigh(p, group, weight, saved, width, {x.get(), r, depth}, here, close[p - from]);
         each_block([&](int64_t begin, int64_t end) {
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t i = p * P + g * kernels<T>().tile_rows;
@@ -239,6 +243,16 @@ class Mined {
           kernels<T>().pull_references(whole.weights, whole.marks, (to - from) * groups, p, x.get() + from * P * depth,
                                        depth, other.rows.get() + p * P * depth, other.sums.data() + p * P);
       });
+      for (const auto& pairs : close)
+        for (const ClosePair<T>& pair : pairs) {
+          const T *of_x = x.get() + pair.i * depth, *of_r = r + pair.j * depth;
+          T *to_x = on_x.rows.get() + pair.i * depth, *to_r = other.rows.get() + pair.j * depth;
+          for (int64_t k = 0; k < depth; ++k) {
+            const T pull = pair.weight * (of_x[k] - of_r[k]);
+            to_x[k] += pull;
+            to_r[k] -= pull;
+          }
+        }
     }
     write(a_, x.get(), on_x, depth, grad_x);
     if (!problem_.symmetric) write(r_, r, on_r, depth, grad_r);
@@ -278,9 +292,16 @@ class Mined {
     }
   };
 
+  // The exponent of the largest scale: the margin is scaled, too, by its square.
+  static int largest_scale(double margin) {
+    constexpr int kRange = std::is_same_v<T, float> ? 100 : 900, kMost = std::is_same_v<T, float> ? 40 : 400;
+    return std::min(kMost, (kRange - std::ilogb(std::max(margin, 1.0))) / 2);
+  }
+
   static int64_t panel() { return kernels<T>().panel; }
   int64_t positives_of(int64_t i) const {
-    return class_end_[i] - class_begin_[i] - (problem_.packed_self[i] >= 0);  // an anchor is of its own class
+    const int64_t self = problem_.packed_self[i];  // as a reference it may have another label
+    return class_end_[i] - class_begin_[i] - (class_begin_[i] <= self && self < class_end_[i]);
   }
   int64_t negatives_of(int64_t i) const { return r_.count - (class_end_[i] - class_begin_[i]); }
   bool has_triplets(int64_t i) const { return positives_of(i) > 0 && negatives_of(i) > 0; }
@@ -441,13 +462,15 @@ class Mined {
       const size_t count = negative_ == Rule::Hard ? !anchor.positives.empty() : anchor.positives.size();
       anchor.nearest.resize(count);
       anchor.nearest_index.resize(count);
-      for (size_t t = 0; t < count; ++t) {
-        const Lane<T> j = anchor.nearest_index[t] = saved[i * width + int64_t(t)];
+      const auto y_of = [&](int64_t j) -> T {
         T square = kernels<T>().squared_distance(rows.x + i * rows.width, rows.r + j * rows.width, rows.width);
         for (const auto& [lack, row] : {std::pair(&a_.lack, a_.order[i]), std::pair(&r_.lack, r_.order[j])})
           if (!lack->empty()) square += T((*lack)[row]);
-        anchor.nearest[t] = pairing_.root ? -std::sqrt(square) : -square / 2;
-      }
+        return pairing_.root ? -std::sqrt(square) : -square / 2;
+      };
+      for (size_t t = 0; t < count; ++t)
+        anchor.nearest[t] = y_of(anchor.nearest_index[t] = saved[i * width + int64_t(t)]);
+      for (auto& [y, j] : anchor.positives) y = y_of(j);  // alike, so that what ties there ties here
     }
   }
 
@@ -470,7 +493,7 @@ class Mined {
 
   // The weights of a panel of anchors.
   void weigh(int64_t p, Group<T>& group, const Weight<T>& weight, const int32_t* saved, int64_t width,
-             const PackedRows& rows, const Strip& strip) const {
+             const PackedRows& rows, const Strip& strip, std::vector<ClosePair<T>>& close) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, tile = P * tile_rows;
     const uint32_t* marks = marks_fit(width) ? reinterpret_cast<const uint32_t*>(saved) : nullptr;
     if (negative_ == Rule::All && marks) {
@@ -491,8 +514,15 @@ class Mined {
       bits |= uint32_t(1) << (panel % 32);
       return here[r % tile_rows * P + j % P];
     };
+    const auto add = [&](int64_t r, int64_t j, T weight, T y) {
+      const int64_t i = p * P + r;
+      weight = pull_of(weight, y);
+      if (pairing_.root && y * y < T(2 * kClose) * (a_.bias.get()[i] + r_.bias.get()[j]))
+        close.push_back({i, j, weight});
+      else at(r, j) += weight;
+    };
     if (negative_ == Rule::All) {
-      weigh_all(p, group, own, marks, strip);
+      weigh_all(p, group, own, marks, strip, close);
       for (int64_t r = 0; r < P; ++r) {
         const auto& anchor = group.anchors[r];
         if (anchor.positives.empty()) continue;
@@ -501,7 +531,10 @@ class Mined {
         group.row.assign(end - begin, T(0));
         for (size_t t = 0; t < anchor.positives.size(); ++t) {
           const auto& [y, j] = anchor.positives[t];
-          if (anchor.pulls[t] != 0) group.row[j - begin] = pull_of(own[r] * T(anchor.pulls[t]), y);
+          if (anchor.pulls[t] == 0) continue;
+          const T weight = own[r] * T(anchor.pulls[t]);
+          if (pairing_.root) add(r, j, weight, y);
+          else group.row[j - begin] = weight;
         }
         for (int64_t from = begin, to; from < end; from = to) {
           to = std::min(end, (from / P + 1) * P);
@@ -518,14 +551,14 @@ class Mined {
       const T slope = triplet_slope_of(T((neg.y - pos.y) * unit_ + measure_.margin), measure_);
       if (slope == 0) return;
       const int64_t r = i - p * P;
-      at(r, pos.index) += pull_of(slope * own[r], pos.y);
-      at(r, neg.index) -= pull_of(slope * own[r], neg.y);
+      add(r, pos.index, slope * own[r], pos.y);
+      add(r, neg.index, -slope * own[r], neg.y);
     });
   }
 
   // Those of all negatives, and what pulls at each positive.
-  void weigh_all(int64_t p, Group<T>& group, const std::vector<T>& own, const uint32_t* saved,
-                 const Strip& strip) const {
+  void weigh_all(int64_t p, Group<T>& group, const std::vector<T>& own, const uint32_t* saved, const Strip& strip,
+                 std::vector<ClosePair<T>>& close) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, groups = P / tile_rows;
     set_thresholds(group, margin_shift());
     std::vector<double*> pulls(P);
@@ -542,10 +575,13 @@ class Mined {
       if (saved) std::copy_n(saved + (p * groups + g) * words(), words(), bits);
       else std::fill_n(bits, words(), ~uint32_t(0));
     }
+    group.close.resize(pairing_.root ? kCloseRoom : 0);
+    ClosePairs<T> found{group.close.data(), 0, int64_t(group.close.size())};
     each_block([&](int64_t begin, int64_t end) {
       kernels<T>().weigh(pairing_, p, begin, end, group.thresholds.data(), measure_.soft_margin, unit_, own.data(),
-                         pulls.data(), strip.marks, strip.weights);
+                         pulls.data(), strip.marks, strip.weights, &found);
     });
+    close.assign(found.pairs, found.pairs + found.count);
     // Where thresholds are searched, a negative was counted for the last one that it passes.
     for (auto& anchor : group.anchors)
       if (!measure_.soft_margin && anchor.pulls.size() > kFewThresholds)

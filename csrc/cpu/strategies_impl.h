@@ -226,16 +226,18 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
     for (int r = 0; r < kTileRows; ++r) {
       const Thresholds<T>& own = thresholds[i + r];
       if (soft) {
-        V here{};  // with many thresholds, one tile's terms are all that a sum of T should have
-        for (Lane<T> p = 0; p < own.count; ++p)
-          for (int c = 0; c < kTileVectors; ++c) {
-            const V t = (tile[r][c] - own.values[p]) * T(unit);
-            const V value = larger(t, V{}) + log1p_of<T>(exp_of<T>(t > 0 ? -t : t));
-            const V there = t == t ? value : V{};
-            here += there;
-            active[r] -= there > 0;
-          }
-        excess[i + r].loss += sum<T>(here);
+        for (Lane<T> p = 0; p < own.count;) {
+          V few{};  // of many equal terms, a sum of T would round one way
+          for (const Lane<T> stop = own.count - p < kFewThresholds ? own.count : p + kFewThresholds; p < stop; ++p)
+            for (int c = 0; c < kTileVectors; ++c) {
+              const V t = (tile[r][c] - own.values[p]) * T(unit);
+              const V value = larger(t, V{}) + log1p_of<T>(exp_of<T>(t > 0 ? -t : t));
+              const V there = t == t ? value : V{};
+              few += there;
+              active[r] -= there > 0;
+            }
+          excess[i + r].loss += sum<T>(few);
+        }
       } else if (own.count <= kFewThresholds) {
         for (Lane<T> p = 0; p < own.count; ++p) {
           const V threshold = broadcast(own.values[p]);
@@ -341,7 +343,7 @@ static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_pane
 template <typename T>
 static void weigh(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
                   const Thresholds<T>* thresholds, bool soft, double unit, const T* weight, double* const* pulls,
-                  Marks marks, Weights<T> weights) {
+                  Marks marks, Weights<T> weights, ClosePairs<T>* close) {
   using V = typename Simd<T>::V;
   using M = typename Simd<T>::M;
   constexpr int P = kPanel<T>, W = kWidth<T>;
@@ -386,10 +388,20 @@ static void weigh(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel,
         }
       }
       for (int c = 0; c < kTileVectors; ++c) {
-        V w = count[c] * weight[i + r];
-        // -w is that of the distance; of a root, which is -y, the pull is w / y, and nothing where it is 0.
-        if (pairing.root) w = tile[r][c] < 0 ? w / -tile[r][c] : w * T(0);
-        store(out + r * P + c * W, -w);
+        const V y = tile[r][c];
+        V w = -count[c] * weight[i + r];
+        if (pairing.root) {  // -y, whose derivative at 0 is 0
+          w = y < 0 ? w / -y : w * T(0);
+          const V bias = load(pairing.b.bias + bp * P + c * W) + pairing.a.bias[panel * P + i + r];
+          const M near = (y * y < bias * T(2 * kClose)) & (w != 0);
+          if (__builtin_expect(any(near), 0))
+            for (int l = 0; l < W; ++l) {
+              if (!near[l] || close->count == close->room) continue;
+              close->pairs[close->count++] = {panel * P + i + r, bp * P + c * W + l, w[l]};
+              w[l] = 0;
+            }
+        }
+        store(out + r * P + c * W, w);
       }
     }
   };
@@ -424,10 +436,13 @@ template <typename T, typename F>
 TRIPLET_INLINE void update(T* out, int64_t width, F f) {
   Tile<T> acc;
   for (int r = 0; r < kTileRows; ++r)
-    for (int c = 0; c < kTileVectors; ++c) acc[r][c] = load(out + r * width + c * kWidth<T>);
-  f(acc);
+    for (int c = 0; c < kTileVectors; ++c) acc[r][c] = typename Simd<T>::V{};
+  f(acc);  // a sum of its own, since long chains of equal terms round one way
   for (int r = 0; r < kTileRows; ++r)
-    for (int c = 0; c < kTileVectors; ++c) store(out + r * width + c * kWidth<T>, acc[r][c]);
+    for (int c = 0; c < kTileVectors; ++c) {
+      T* to = out + r * width + c * kWidth<T>;
+      store(to, load(to) + acc[r][c]);
+    }
 }
 
 template <typename T>

@@ -138,19 +138,20 @@ struct Marks {
   int64_t words;
 };
 
-// Pairs so close that w times a row less w times the other would lose too many digits of w times their difference,
-// where w, as with the root of a distance, grows as they come closer.
+// Pairs that pull on their own, along their difference, not as part of a tile.
 template <typename T>
-struct ClosePair {
+struct Pair {
   int64_t i, j;  // packed anchor and reference
   T weight;
 };
 template <typename T>
-struct ClosePairs {
-  ClosePair<T>* pairs;
+struct Pairs {
+  Pair<T>* data;
   int64_t count, room;
 };
-// Their squared distance in parts of the sum of the squared norms.
+// Among them those that are so close that w times a row less w times the other would lose too many digits of w times
+// their difference, where w, as with the root of a distance, grows as they come closer: their squared distance in parts
+// of the sum of the squared norms.
 constexpr double kClose = 0x1p-12;
 
 // dloss / dy of tiles, those that are not marked undefined: [tile rows' groups][panels][tile rows][panel].
@@ -221,7 +222,7 @@ struct Kernels {
                   const int64_t* original, Nearest<T>* nearest);
   void (*weigh)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
                 bool soft, double unit, const T* weight, double* const* pulls, Marks marks, Weights<T> weights,
-                ClosePairs<T>* close);
+                Pairs<T>* close);
   // With the weights w of the marked tiles: out of an anchor -= w row of the reference, panels [begin, end) for one
   // tile's rows of anchors; and the other way round for one panel of references and `groups` tiles' rows of anchors.
   // `rows` and `out` are `width` wide, a multiple of the panel. Adds the weights' sums to `sums`.

@@ -89,7 +89,7 @@ struct Group {
   std::vector<Anchor> anchors;
   std::vector<Thresholds<T>> thresholds;
   std::vector<T> distances, row;
-  std::vector<ClosePair<T>> close;
+  std::vector<Pair<T>> close;
   Sorter<T> sort;
 
   explicit Group(int64_t panel) : anchors(panel), thresholds(panel) {}
@@ -216,7 +216,7 @@ class Mined {
     const int64_t strip = std::clamp<int64_t>(kStripBytes / panel_bytes, 1, a_.panels);
     const Buffer<T> tiles(strip * groups * r_.panels * tile);
     std::vector<uint32_t> bits(strip * groups * words);
-    std::vector<std::vector<ClosePair<T>>> close(strip);
+    std::vector<std::vector<Pair<T>>> pairs(strip);
     for (int64_t from = 0; from < a_.panels; from += strip) {
       const int64_t to = std::min(a_.panels, from + strip);
       std::fill(bits.begin(), bits.end(), 0);
@@ -226,8 +226,11 @@ class Mined {
       };
       each_panel(from, to, [&](int64_t p, Group<T>& group) {
         const Strip here = strip_of(p);
-        close[p - from].clear();
-        weigh(p, group, weight, saved, width, {x.get(), r, depth}, here, close[p - from]);
+        auto& alone = pairs[p - from];
+        alone.clear();
+        weigh(p, group, weight, saved, width, {x.get(), r, depth}, here, alone);
+        for (const Pair<T>& pair : alone)
+          pull(pair.weight, x.get() + pair.i * depth, r + pair.j * depth, depth, on_x.rows.get() + pair.i * depth);
         each_block([&](int64_t begin, int64_t end) {
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t i = p * P + g * kernels<T>().tile_rows;
@@ -243,16 +246,9 @@ class Mined {
           kernels<T>().pull_references(whole.weights, whole.marks, (to - from) * groups, p, x.get() + from * P * depth,
                                        depth, other.rows.get() + p * P * depth, other.sums.data() + p * P);
       });
-      for (const auto& pairs : close)
-        for (const ClosePair<T>& pair : pairs) {
-          const T *of_x = x.get() + pair.i * depth, *of_r = r + pair.j * depth;
-          T *to_x = on_x.rows.get() + pair.i * depth, *to_r = other.rows.get() + pair.j * depth;
-          for (int64_t k = 0; k < depth; ++k) {
-            const T pull = pair.weight * (of_x[k] - of_r[k]);
-            to_x[k] += pull;
-            to_r[k] -= pull;
-          }
-        }
+      for (int64_t p = from; p < to; ++p)  // not at once: several may concern one reference
+        for (const Pair<T>& pair : pairs[p - from])
+          pull(pair.weight, r + pair.j * depth, x.get() + pair.i * depth, depth, other.rows.get() + pair.j * depth);
     }
     write(a_, x.get(), on_x, depth, grad_x);
     if (!problem_.symmetric) write(r_, r, on_r, depth, grad_r);
@@ -488,12 +484,16 @@ class Mined {
     }
   }
 
+  static void pull(T weight, const T* row, const T* other, int64_t width, T* out) {
+    for (int64_t k = 0; k < width; ++k) out[k] += weight * (row[k] - other[k]);
+  }
+
   // What a distance's weight is in the product: that of a root is divided by the root, whose derivative at 0 is 0.
   T pull_of(T weight, T y) const { return !pairing_.root ? weight : y < 0 ? weight / -y : weight * T(0); }
 
   // The weights of a panel of anchors.
   void weigh(int64_t p, Group<T>& group, const Weight<T>& weight, const int32_t* saved, int64_t width,
-             const PackedRows& rows, const Strip& strip, std::vector<ClosePair<T>>& close) const {
+             const PackedRows& rows, const Strip& strip, std::vector<Pair<T>>& pairs) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, tile = P * tile_rows;
     const uint32_t* marks = marks_fit(width) ? reinterpret_cast<const uint32_t*>(saved) : nullptr;
     if (negative_ == Rule::All && marks) {
@@ -514,15 +514,14 @@ class Mined {
       bits |= uint32_t(1) << (panel % 32);
       return here[r % tile_rows * P + j % P];
     };
-    const auto add = [&](int64_t r, int64_t j, T weight, T y) {
+    const auto add = [&](int64_t r, int64_t j, T weight, T y, bool alone) {
       const int64_t i = p * P + r;
-      weight = pull_of(weight, y);
-      if (pairing_.root && y * y < T(2 * kClose) * (a_.bias.get()[i] + r_.bias.get()[j]))
-        close.push_back({i, j, weight});
-      else at(r, j) += weight;
+      const bool close = pairing_.root && y * y < T(2 * kClose) * (a_.bias.get()[i] + r_.bias.get()[j]);
+      if (alone || close) pairs.push_back({i, j, pull_of(weight, y)});
+      else at(r, j) += pull_of(weight, y);
     };
     if (negative_ == Rule::All) {
-      weigh_all(p, group, own, marks, strip, close);
+      weigh_all(p, group, own, marks, strip, pairs);
       for (int64_t r = 0; r < P; ++r) {
         const auto& anchor = group.anchors[r];
         if (anchor.positives.empty()) continue;
@@ -533,7 +532,7 @@ class Mined {
           const auto& [y, j] = anchor.positives[t];
           if (anchor.pulls[t] == 0) continue;
           const T weight = own[r] * T(anchor.pulls[t]);
-          if (pairing_.root) add(r, j, weight, y);
+          if (pairing_.root) add(r, j, weight, y, false);
           else group.row[j - begin] = weight;
         }
         for (int64_t from = begin, to; from < end; from = to) {
@@ -551,14 +550,15 @@ class Mined {
       const T slope = triplet_slope_of(T((neg.y - pos.y) * unit_ + measure_.margin), measure_);
       if (slope == 0) return;
       const int64_t r = i - p * P;
-      add(r, pos.index, slope * own[r], pos.y);
-      add(r, neg.index, -slope * own[r], neg.y);
+      const bool few = group.anchors[r].positives.size() <= kFewThresholds;  // too few to fill tiles
+      add(r, pos.index, slope * own[r], pos.y, few);
+      add(r, neg.index, -slope * own[r], neg.y, few);
     });
   }
 
   // Those of all negatives, and what pulls at each positive.
   void weigh_all(int64_t p, Group<T>& group, const std::vector<T>& own, const uint32_t* saved, const Strip& strip,
-                 std::vector<ClosePair<T>>& close) const {
+                 std::vector<Pair<T>>& close) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, groups = P / tile_rows;
     set_thresholds(group, margin_shift());
     std::vector<double*> pulls(P);
@@ -576,12 +576,12 @@ class Mined {
       else std::fill_n(bits, words(), ~uint32_t(0));
     }
     group.close.resize(pairing_.root ? kCloseRoom : 0);
-    ClosePairs<T> found{group.close.data(), 0, int64_t(group.close.size())};
+    Pairs<T> found{group.close.data(), 0, int64_t(group.close.size())};
     each_block([&](int64_t begin, int64_t end) {
       kernels<T>().weigh(pairing_, p, begin, end, group.thresholds.data(), measure_.soft_margin, unit_, own.data(),
                          pulls.data(), strip.marks, strip.weights, &found);
     });
-    close.assign(found.pairs, found.pairs + found.count);
+    close.assign(found.data, found.data + found.count);
     // Where thresholds are searched, a negative was counted for the last one that it passes.
     for (auto& anchor : group.anchors)
       if (!measure_.soft_margin && anchor.pulls.size() > kFewThresholds)

@@ -343,7 +343,7 @@ static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_pane
 template <typename T>
 static void weigh(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
                   const Thresholds<T>* thresholds, bool soft, double unit, const T* weight, double* const* pulls,
-                  Marks marks, Weights<T> weights, ClosePairs<T>* close) {
+                  Marks marks, Weights<T> weights, Pairs<T>* close) {
   using V = typename Simd<T>::V;
   using M = typename Simd<T>::M;
   constexpr int P = kPanel<T>, W = kWidth<T>;
@@ -397,7 +397,7 @@ static void weigh(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel,
           if (__builtin_expect(any(near), 0))
             for (int l = 0; l < W; ++l) {
               if (!near[l] || close->count == close->room) continue;
-              close->pairs[close->count++] = {panel * P + i + r, bp * P + c * W + l, w[l]};
+              close->data[close->count++] = {panel * P + i + r, bp * P + c * W + l, w[l]};
               w[l] = 0;
             }
         }

@@ -20,6 +20,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke run: small, judges nothing, writes nothing")
     parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name matches; writes nothing")
+    parser.add_argument(
+        "--into",
+        metavar="JSON",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        help="with --only: put what was measured into this full run of the same machine and versions, in place of what"
+        " stood there; default: the newest of results/",
+    )
     parser.add_argument("--output", metavar="DIR", type=Path, help=f"write here; a full run's default: {RESULTS.name}/")
     parser.add_argument("--readme", metavar="FILE", type=Path, help="whose table to replace; default: README.md")
     parser.add_argument(
@@ -56,6 +65,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"--only {options.only}: no case has such a name", file=sys.stderr)
             return 2
     results = measure.run(plan, lambda line: print(line, flush=True))
+    if options.into:
+        path = _newest(options.into) if options.into.is_dir() else options.into
+        results = merged(json.loads(path.read_text()), results)
+        path.write_text(dumps(results))
+        print(f"\nwrote {path}")
+        _render(results, path, options.readme or (ROOT / "README.md" if path.parent == RESULTS else None))
+        print("\n" + report.goals(results))
+        return 0
     folder = options.output or (RESULTS if whole else None)
     if folder is None:
         print("\n" + report.block(results))
@@ -76,6 +93,19 @@ def dumps(results: dict[str, Any]) -> str:
     """JSON with a line for each list of raw numbers, so that a new run gives a readable diff."""
     text = json.dumps(results, indent=1, ensure_ascii=False)
     return re.sub(r"\[[-\d.,\s]+\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text) + "\n"
+
+
+def merged(whole: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """A full run's results with the cases that were measured again; from the same machine and versions only."""
+    for key in ("machine", "threads", "device", "versions"):
+        if whole[key] != again[key]:
+            raise SystemExit(f"--into: that run's {key} must be this one's, {again[key]}, got {whole[key]}")
+    results = {**whole, **{key: again[key] for key in ("date", "build_info")}}
+    results["notes"] = sorted({*whole["notes"], *again["notes"]})
+    for part in ("memory", "times"):
+        names = {row["case"]["name"] for row in again[part]}
+        results[part] = [row for row in whole[part] if row["case"]["name"] not in names] + again[part]
+    return results
 
 
 def _newest(folder: Path) -> Path:

@@ -417,3 +417,15 @@ def test_smoke(tmp_path, capsys, monkeypatch):
         assert set(row["raw_us"]["ours"]) == {"forward", "backward", "both"}
         assert 0.5 < row["active"] <= 1
     assert main(["--quick", "--only", "nothing"]) == 2
+
+    for row in results["times"]:
+        row["pairs"] = -1
+    saved.write_text(dumps(results))
+    again = results["times"][-1]["case"]["name"]
+    assert main(["--quick", "--only", f"^{again}$", "--into", str(saved)]) == 0
+    after = json.loads(saved.read_text())["times"]
+    assert len(after) == len(results["times"])
+    assert all((row["pairs"] > 0) == (row["case"]["name"] == again) for row in after)
+    saved.write_text(dumps(results | {"threads": 99}))
+    with pytest.raises(SystemExit, match="--into: that run's threads must be this one's, .*, got 99"):
+        main(["--quick", "--only", f"^{again}$", "--into", str(saved)])

@@ -27,6 +27,9 @@ TORCH_LIBRARY_IMPL(triplet_ext, CUDA, m) {
   m.impl("indexed_triplet_loss", &indexed_triplet_loss_cuda);
   m.impl("indexed_triplet_loss_backward", &indexed_triplet_loss_backward_cuda);
   m.impl("select_hardest", &select_hardest_cuda);
+  m.impl("select_pair", &select_pair_cuda);
+  m.impl("mined_triplet_loss", &mined_triplet_loss_cuda);
+  m.impl("mined_triplet_loss_backward", &mined_triplet_loss_backward_cuda);
 }
 #endif
 

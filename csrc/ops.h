@@ -86,6 +86,7 @@ std::tuple<at::Tensor, at::Tensor> select_pair_cpu(const at::Tensor& embeddings,
                                                    const OptionalTensor& reference_labels,
                                                    std::optional<int64_t> reference_offset, std::string_view distance,
                                                    std::string_view positive, std::string_view negative);
+decltype(select_pair_cpu) select_pair_cuda;
 
 // The loss of all triplets of a strategy, for each of which at least one rule is "all".
 // Returns
@@ -96,6 +97,7 @@ Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labe
                             const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset,
                             std::string_view positive, std::string_view negative, double margin,
                             std::string_view distance, bool swap, bool soft_margin, std::string_view reduction);
+decltype(mined_triplet_loss_cpu) mined_triplet_loss_cuda;
 
 // Returns the gradient of the embeddings, [B, D], and of the references, [R, D] ([0] where they are absent); the same
 // bits whatever the number of threads.
@@ -104,5 +106,6 @@ std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
     const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset, const at::Tensor& saved,
     const at::Tensor& stats, std::string_view positive, std::string_view negative, double margin,
     std::string_view distance, bool swap, bool soft_margin, std::string_view reduction);
+decltype(mined_triplet_loss_backward_cpu) mined_triplet_loss_backward_cuda;
 
 }  // namespace triplet_ext

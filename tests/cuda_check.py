@@ -225,8 +225,56 @@ def tile_tables(kernels):
     return "\n".join(product), "\n".join(values)
 
 
+def distance_loop(code):
+    """The instructions of the loop that adds squared differences up, for eight features of 4 x 4 pairs."""
+    places = {line: at for at, line in enumerate(code) if line.endswith(":")}
+    loops = []
+    for at, line in enumerate(code):
+        if target(line) in places and (begin := places[target(line)]) < at:
+            body = code[begin : at + 1]
+            if count(body, "BAR") == 0 and count(body, "LDS") and count(body, "FFMA") == count(body, "FADD") == 128:
+                loops.append(body)
+    if not loops:
+        raise ValueError("no loop has 128 FFMA and 128 FADD")
+    return min(loops, key=count)
+
+
+def strategy_table(kernels):
+    lines = ["| kernel | | FADD, FFMA | LDS | others |", "| --- | --- |" + " ---: |" * 3]
+    for (name, architecture), (_, code) in sorted(kernels.items()):
+        if not re.fullmatch(r"mined(_backward)?_kernel<float, \w+>", name):
+            continue
+        try:
+            loop = distance_loop(code)
+        except ValueError as why:
+            raise ValueError(f"{name} for {architecture}: {why}; tests/cuda_check.py must follow csrc/cuda") from None
+        sums, loads = count(loop, "FADD", "FFMA"), count(loop, "LDS")
+        lines.append(f"| `{name}` | {architecture} | {sums} | {loads} | {count(loop) - sums - loads} |")
+    return "\n".join(lines)
+
+
+# Of an H100: float32 operations of a lane a second. What the strategies need of them.
+LANES = 132 * 128 * 1.755e9
+OPERATIONS = {
+    "distances, in either pass": "2*B*B*D",
+    "batch-all backward: S times the rows": "B*B*D",
+    "thresholds, forward": "6*B*B*(K - 1)",
+    "thresholds, backward": "2*2*B*B*(K - 1)",
+}
+
+
+def operation_table():
+    sizes = ((4096, 128), (32768, 128))
+    lines = ["| | operations | " + " | ".join(f"{rows} x {width}" for rows, width in sizes) + " |"]
+    lines.append("| --- | --- | ---: | ---: |")
+    for what, formula in OPERATIONS.items():
+        cells = [f"{1e3 * eval(formula, {}, {'B': b, 'D': d, 'K': 4}) / LANES:.2f} ms" for b, d in sizes]
+        lines.append(f"| {what} | `{formula}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 # What a step moves and the least that it could: every input read once, every output written once. T = B triplets of
-# D elements of s bytes; P bytes of a packed row; n x n tiles.
+# D elements of s bytes; P bytes of a packed row; n x n tiles; K rows a class.
 BYTES = {
     "explicit forward": ("3*T*D*s + 2*T*4 + 2*T/8*40", "3*T*D*s + 2*T*4 + 4"),
     "explicit backward": ("3*T*D*s + 3*T*D*s + 2*T*4", "3*T*D*s + 3*T*D*s + 2*T*4"),
@@ -236,6 +284,10 @@ BYTES = {
     "selection: indices": ("B*(16 + 8 + 16 + 16)", "B*16"),
     "selected forward": ("3*B*D*s + B*16 + 2*B*4 + 2*B/8*40", "B*D*s + B*16 + 2*B*4 + 4"),
     "selected backward": ("(1 + 4)*B*D*s + B*D*s + B*(3*24 + 2*(4 + 8) + 2*4)", "2*B*D*s + B*16 + 2*B*4"),
+    "strategies: rows": ("B*D*s + B*(1 + 3*8 + 17)", "B*D*s"),
+    "batch-all forward, from L2": ("B/32 * (B + 32)*D*s + B*(2*4*K + 16 + 8)", "B*D*s + B*8 + 4"),
+    "batch-all backward, from L2": ("B/32 * ((2*B + 32)*D*s + B*(4*K + 16 + 4)) + B*D*s", "2*B*D*s + B*8"),
+    "semi-hard backward, from L2": ("B/32*8 * B*4*K + 4*2*B*(K - 1)*D*s + B*D*s", "2*B*D*s + B*8"),
 }
 SIZES = ((32768, 128), (32768, 512))
 
@@ -246,7 +298,7 @@ def byte_table():
     for step, formulas in BYTES.items():
         cells = []
         for rows, width in SIZES:
-            known = {"T": rows, "B": rows, "D": width, "s": 2}
+            known = {"T": rows, "B": rows, "D": width, "s": 2, "K": 4}
             known |= {"P": math.ceil(width * 2 / 64) * 64, "n": math.ceil(rows / 128)}
             moved, floor = (eval(formula, {}, known) / 1e6 for formula in formulas)
             cells.append(f"{moved:.2f} MB" + (f", {moved / floor:.2f} x floor" if floor else ""))
@@ -296,6 +348,7 @@ def main(write):
                 kernels[names[name], architecture] = use[name], code
     product, values = tile_tables(kernels)
     tables = {"kernels": kernel_table(kernels), "product": product, "values": values, "bytes": byte_table()}
+    tables |= {"distances": strategy_table(kernels), "operations": operation_table()}
     new = fill(page, version, tables)
     if write:
         PAGE.write_text(new)

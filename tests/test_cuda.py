@@ -1,15 +1,19 @@
-"""What only a GPU can show: streams, devices, graphs, memory, and the selection from tiles on tensor cores."""
+"""What only a GPU can show: streams, devices, graphs, memory, the selection from tiles on tensor cores, and strategies
+at sizes that fill the device."""
 
 import oracle
 import pytest
 import torch
 from common import assert_chosen, assert_same, classes, numpy, rows
 
-from triplet_ext import TripletLoss, _ops, explain, mine
+from triplet_ext import Mining, TripletLoss, _ops, explain, mine
+from triplet_ext.mining import NEGATIVE_RULES, POSITIVE_RULES
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and _ops.has_kernel("select_hardest", "cuda")), reason="no GPU, or no CUDA kernels"
 )
+
+RULES = [(p, n) for p in POSITIVE_RULES for n in NEGATIVE_RULES if (p, n) != ("hard", "hard")]
 
 # So much work, B R D, that the selection goes through tiles.
 LARGE = (1500, 130)
@@ -180,3 +184,109 @@ def test_rows_that_are_not_finite_in_tiles(rng):
             x,
             y,
         )
+
+
+# --- every other strategy -------------------------------------------------------------------------------------------
+
+strategies = pytest.mark.parametrize("rules", RULES, ids="x".join)
+
+
+def together(rng, count, width, kinds, device="cuda"):
+    """A batch of few classes, so that there is more than a forward can save of its positives."""
+    x = rows(rng, count, width, torch.float32, device=device)
+    return x.requires_grad_(), torch.from_numpy(rng.integers(0, kinds, count)).to(device)
+
+
+@strategies
+def test_strategies_never_wait(rng, rules):
+    x, y = batch(rng)
+    criterion = TripletLoss(mining=Mining(*rules))
+    step(criterion, x, y)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(criterion, x, y)
+        r, z = x.detach().roll(1, 0), y.roll(1, 0)
+        step(criterion, x, y, ref_embeddings=r, ref_labels=z)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@strategies
+@pytest.mark.parametrize(("shape", "kinds"), [((64, 16), 16), ((1500, 40), 3), ((3000, 130), 700)])
+def test_strategies_capture_and_replay(rng, rules, shape, kinds):
+    """And the number of rounds is not frozen: it is the labels' matter."""
+    criterion = TripletLoss(0.5, mining=Mining(*rules), reduction="mean_active")
+    x, y = together(rng, *shape, shape[0] // 4)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(criterion, x, y)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(criterion, x, y)
+    for _ in range(3):
+        fresh, labels = together(rng, *shape, kinds)
+        with torch.no_grad():
+            x.copy_(fresh)
+            y.copy_(labels)
+        graph.replay()
+        assert_same(captured, step(criterion, fresh, labels))
+
+
+@strategies
+@pytest.mark.parametrize("soft_margin", [False, True])
+@pytest.mark.parametrize(("shape", "kinds"), [((700, 20), 2), ((2000, 64), 500)])
+def test_strategies_are_bitwise_equal_from_run_to_run(rng, rules, soft_margin, shape, kinds):
+    """Also while other work holds part of the device, and blocks take their turns in another order."""
+    x, y = together(rng, *shape, kinds)
+    criterion = TripletLoss(mining=Mining(*rules), soft_margin=soft_margin)
+    expected = step(criterion, x, y)
+    other, stream = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    for k in range(6):
+        if k % 2:
+            with torch.cuda.stream(stream):
+                for _ in range(5):
+                    torch.mm(other, other)
+        assert_same(step(criterion, x, y), expected)
+
+
+@strategies
+@pytest.mark.parametrize("distance", ["squared_euclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize(("shape", "kinds"), [((500, 33), 3), ((500, 8), 120), ((1200, 300), 200)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_strategies_are_the_cpus(rng, rules, distance, shape, kinds, apart):
+    """In float64, where no choice hangs on rounding."""
+    x = rows(rng, *shape, torch.float64)
+    y = torch.from_numpy(rng.integers(0, kinds, shape[0]))
+    r, z = rows(rng, 333, shape[1], torch.float64), torch.from_numpy(rng.integers(0, kinds, 333))
+    results = []
+    for device in ("cpu", "cuda"):
+        criterion = TripletLoss(0.5, distance=distance, mining=Mining(*rules))
+        leaves = [t.to(device).requires_grad_() for t in ((x, r) if apart else (x,))]
+        keywords = {"ref_embeddings": leaves[1], "ref_labels": z.to(device)} if apart else {}
+        loss = criterion(leaves[0], y.to(device), **keywords)
+        stats = [float(s) for s in criterion.stats]
+        results.append([loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, leaves)), stats])
+    for got, wanted in zip(results[1], results[0]):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@strategies
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strategies_take_memory_in_proportion_to_the_rows(rng, rules, dtype):
+    """Four times the embeddings and 128 bytes a row, gradient included, and 8 MB for rounds; for a matrix there would
+    be no room."""
+    count, width = 16384, 128
+    x, y = batch(rng, count, width, dtype)
+    criterion = TripletLoss(mining=Mining(*rules))
+    step(criterion, x, y)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(criterion, x, y)
+    torch.cuda.synchronize()
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken <= count * (4 * width * x.element_size() + 128) + (8 << 20)

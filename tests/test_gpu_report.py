@@ -19,7 +19,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: an installed triplet_ext goes first
 
 from benchmarks import gpu_report  # noqa: E402
-from benchmarks.cases import Case  # noqa: E402
+from benchmarks.cases import STRATEGIES, Case  # noqa: E402
 from benchmarks.gpu import checks, device, goals, outside, page, run, small_calls, speed  # noqa: E402
 from benchmarks.gpu.device import BFLOAT16, HIGH, HIGHEST, Device, short  # noqa: E402
 from benchmarks.gpu.run import Checks, Context, Failed, Skipped, Stage, attempt, child_command, in_child  # noqa: E402
@@ -91,6 +91,11 @@ def test_what_is_measured(rehearsal):
         assert set(sides["mm"]["ms"]) == {"forward"} and set(sides["mm"]["ratio"]) == set(ours)
         if precision == HIGHEST.name:
             assert sides["eager_mm"]["agreement"]["value_error"] < 1e-4
+    others = goals.Found(results).times(*STRATEGIES)
+    assert len(others) == 2 * len(STRATEGIES)
+    for sides in others.values():
+        assert set(sides) == {"ours", "batch_hard"} and sides["batch_hard"]["ratio"]["both"] > 0
+        assert "agreement" not in sides["batch_hard"]
     explicit = goals.Found(results).times("explicit", "torch_nn")
     assert {(name, side) for (name, _), sides in explicit.items() for side in sides if side != "ours"} == {
         (f"{family}-64x8{dtype}", side)
@@ -102,7 +107,7 @@ def test_what_is_measured(rehearsal):
 def test_the_page(rehearsal):
     results, text = rehearsal
     assert text.startswith("# rehearsal\n") and text == page.page(results)
-    for title in ("Asked and measured", "Stages", "Checks", "Choices", "Batch-hard", "Given triplets", "Launches"):
+    for title in ("Asked and measured", "Stages", "Checks", "Choices", "Batch-hard", "Other strategies", "Launches"):
         assert f"\n## {title}\n" in text
     for title in ("Tests", "compute-sanitizer", "What failed said"):  # of what did not run there is nothing
         assert f"\n## {title}\n" not in text
@@ -378,7 +383,7 @@ def test_a_gpu_s_ceilings_and_determinism(gpu):
 
 def test_a_replay_that_does_nothing_is_noticed(gpu):
     outcome, put = run_stage("graph", gpu)
-    assert outcome["outcome"] == "failed" and len(put) == 7 and not any(row["ok"] for row in put)
+    assert outcome["outcome"] == "failed" and len(put) == 13 and not any(row["ok"] for row in put)
     assert all(row["detail"].startswith("replay 1 differs in ") for row in put)
 
 
@@ -410,7 +415,7 @@ def test_compilation(gpu, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: there("torch") if name == "triton" else there(name))
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     outcome, put = run_stage("compile", gpu)
-    assert outcome["outcome"] == "ok" and len(put) == 6
+    assert outcome["outcome"] == "ok" and len(put) == 8
     outcome, put = run_stage("compiled", gpu)
     assert outcome["outcome"] == "ok" and [row["side"] for row in put] == ["ours", "compiled_eager"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else there(name))
@@ -594,6 +599,7 @@ def measured():
     """A report as JSON, without one."""
     big, tiny = Case("batch_hard", 32768, 512, dtype="bfloat16"), Case("batch_hard", 128, 128)
     highest, given = Case("batch_hard", 32768, 512), Case("explicit", 65536, 128)
+    others = Case("batch_all", 32768, 128, dtype="bfloat16")
     embeddings = 2 * 32768 * 512
     found = [
         {"kind": "ceiling", "name": "copy", "gb_per_s": 2000.0},
@@ -603,6 +609,8 @@ def measured():
         time_row(highest, HIGHEST, "ours", 12.0),
         time_row(highest, HIGHEST, "mm", 20.0, ratio={"both": 0.6}),
         {**time_row(highest, HIGHEST, "eager_mm", 1.0), "skipped": "needs about 99 GB, 1 GB are free"},
+        time_row(others, BFLOAT16, "ours", 9.0, extra_bytes=3 * 2 * 32768 * 128),
+        time_row(others, BFLOAT16, "batch_hard", 1.2, ratio={"both": 7.5}),
         time_row(tiny, HIGHEST, "ours", 0.1),
         time_row(tiny, HIGHEST, "eager_mm", 1.5),
         time_row(tiny, HIGHEST, "eager_cdist", 1.2),
@@ -634,11 +642,16 @@ def test_goals():
     assert rows[explicit.format(65536)] == ("75 %", "met") and rows[explicit.format(1048576)] == ("not measured", "")
     memory = "batch-hard, extra memory: at most 2 × the embeddings + 64 bytes a row"
     assert rows[memory] == ("1.00 × that (32768 × 512, bfloat16)", "met")
+    memory = "other strategies, extra memory: at most 4 × the embeddings + 128 bytes a row + 8 MB"
+    assert rows[memory] == ("0.55 × that (32768 × 128, bfloat16)", "met")
+    assert rows["batch_all 32768 × 128, bfloat16: at most 6 × batch-hard"] == ("7.5 ×", "MISSED")
 
 
 def test_goals_name_what_is_measured():
     for _, (count, width), precision, _ in goals._RATIOS:
         assert count in FULL.big and width in FULL.widths and precision in (HIGHEST.name, BFLOAT16.name)
+    for family, shape, precision, _ in goals._STRATEGIES:
+        assert family in STRATEGIES and shape in FULL.strategies and precision in (HIGHEST.name, BFLOAT16.name)
     assert set(goals._EXPLICIT) <= set(FULL.explicit)
     assert all(count <= goals._SMALL for count, _ in FULL.launches)
 
@@ -648,6 +661,7 @@ def test_the_page_of_a_report():
     # 32768² × 512 multiplications and additions in 2 ms: 275 TFLOP/s, of 500.
     assert re.search(r"\| 32768 × 512, bfloat16 \| 2 \| 2 \| 2 \| 2.5 \| 0.80 \| 275 \(55 %\) \|", text)
     assert "1500 (75 %)" in text
+    assert re.search(r"\| batch_all, 32768 × 128, bfloat16 \| 9 \| 9 \| 9 \| 1.2 \| 7.5 \| 24 \| 44 \|", text)
     assert "skipped: needs about 99 GB, 1 GB are free" in text
     assert_tables(text)
 

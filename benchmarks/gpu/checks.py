@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..cases import Case
+from ..cases import STRATEGIES, Case
 from .device import HIGH, HIGHEST, PRECISIONS, Device, Precision
 from .inputs import batch
 from .run import Checks, Context, Skipped
@@ -147,6 +148,68 @@ def _brute(x: Tensor, y: Tensor, distance: str, chosen: tuple[Tensor, ...]) -> t
     return [torch.cat(b) for b in best], [torch.cat(t) for t in taken]
 
 
+# --- the other strategies -------------------------------------------------------------------------------------
+
+
+def strategies(context: Context) -> None:
+    """Every strategy against the reference in float64 on the same device. Small integers, whose squared distances are
+    exact in every type: the choices must be the same, ties included. In few classes there are more positives than a
+    forward can tell its backward about."""
+    from triplet_ext.mining import NEGATIVE_RULES, POSITIVE_RULES
+
+    check = Checks(context)
+    for shape in context.sizes.integers:
+        for dtype in _TOLERANCE:
+            for rules in itertools.product(POSITIVE_RULES, NEGATIVE_RULES):
+                for distance in _DISTANCES if rules == ("all", "all") else _DISTANCES[:2]:
+                    for classes in (4, shape[0] // 4):
+                        size = f"{shape[0]}x{shape[1]}, {classes} classes"
+                        check(
+                            f"{' x '.join(rules)}, {size}, {name_of(dtype)}, {distance}",
+                            functools.partial(_strategy, context.device, shape, classes, dtype, rules, distance),
+                        )
+    check.verdict()
+
+
+def _strategy(
+    device: Device, shape: tuple[int, int], classes: int, dtype: torch.dtype, rules: tuple[str, str], distance: str
+) -> str:
+    from triplet_ext import Mining, TripletLoss, reference
+
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randint(-2, 3, shape, generator=generator).to(device.kind, dtype)
+    y = torch.randint(classes, shape[:1], generator=generator).to(device.kind)
+    soft = "all" in rules and distance == "euclidean"
+    criterion = TripletLoss(0.5, distance=distance, mining=Mining(*rules), soft_margin=soft)
+    leaf = x.clone().requires_grad_()
+    value = criterion(leaf, y)
+    (grad,) = torch.autograd.grad(value, leaf)
+    stats = criterion.stats
+    batch = (x.double(), y, None, None, None)
+    options = (0.5, distance, False, soft, "mean")
+    if "all" in rules:
+        wanted, saved, packed = reference.mined_triplet_loss(*batch, *rules, *options)
+        one = torch.ones((), dtype=torch.float64, device=device.kind)
+        gradient, _ = reference.mined_triplet_loss_backward(one, *batch, saved, packed, *rules, *options)
+    else:
+        if rules == ("hard", "hard"):
+            chosen = reference.select_hardest(*batch, distance)
+        else:
+            chosen = reference.select_pair(*batch, distance, *rules)
+        given = (batch[0], None, None, *chosen)
+        wanted, distances, packed = reference.indexed_triplet_loss(*given, *options)
+        one = torch.ones((), dtype=torch.float64, device=device.kind)
+        gradient, _ = reference.indexed_triplet_loss_backward(one, *given, distances, packed, *options)
+    counts = [int(stats.anchors), int(stats.triplets), int(stats.active)]
+    if (expected := [int(n) for n in packed[:3]]) != counts and distance != "cosine":
+        return f"{counts} anchors, triplets and active ones, not {expected}"
+    pairs = ((value.detach().double(), wanted), (grad.double(), gradient))
+    errors = [float((a - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs]
+    worst = max(errors, key=lambda e: e if e == e else float("inf"))
+    most = _TOLERANCE[dtype] * (10 if distance == "cosine" else 1)  # a triplet on the edge may fall on either side
+    return "" if worst <= most else f"relative error {worst:.2g}, {most:g} may be"
+
+
 # --- the same again, captured, compiled -----------------------------------------------------------------------
 
 
@@ -156,6 +219,13 @@ def _mined(x: Tensor, y: Tensor, distance: str = "squared_euclidean") -> list[Te
     value = functional.mined_triplet_loss(x, y, distance=distance)
     (grad,) = torch.autograd.grad(value, x)
     return [*_ops.select_hardest(x.detach(), y, None, None, None, distance), value.detach(), grad]
+
+
+def _by_strategy(x: Tensor, y: Tensor, mining: str) -> list[Tensor]:
+    from triplet_ext import functional
+
+    value = functional.mined_triplet_loss(x, y, mining=mining)
+    return [value.detach(), *torch.autograd.grad(value, x)]
 
 
 def _explicit(*rows: Tensor) -> list[Tensor]:
@@ -178,6 +248,11 @@ def _calls(device: Device, shapes: tuple[tuple[int, int], ...]) -> dict[str, tup
                     call,
                     list(batch(case, 4, device).args),
                 )
+            for family in STRATEGIES:
+                case = Case(family, count, width, dtype=p.dtype)
+                call = functools.partial(_by_strategy, mining=family)
+                if p != HIGH:  # nothing is multiplied in it
+                    calls[f"{family}, {count}x{width}, {p.name}"] = (p, call, list(batch(case, 4, device).args))
         case = Case("explicit", count, width)
         calls[f"explicit, {count}x{width}"] = (HIGHEST, _explicit, list(batch(case, 4, device).args))
     return calls
@@ -270,6 +345,7 @@ def compiled(context: Context) -> None:
 
     for mode in ("default", "reduce-overhead"):
         check(f"batch-hard, {mode}", functools.partial(same, "batch_hard", TripletLoss(), mode))
+        check(f"semi_hard, {mode}", functools.partial(same, "semi_hard", TripletLoss(mining="semi_hard"), mode))
         check(f"explicit, {mode}", functools.partial(same, "explicit", TripletLoss(), mode))
         check(f"TripletMarginLoss, {mode}", functools.partial(same, "torch_nn", TripletMarginLoss(), mode))
     check.verdict()

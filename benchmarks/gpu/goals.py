@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from ..cases import STRATEGIES
 from .device import BFLOAT16, HIGHEST
 
 Judged = tuple[str, str, str]  # asked, measured, verdict
@@ -15,6 +17,7 @@ _RATIOS = [
     ("batch_hard", (32768, 512), HIGHEST.name, 0.5),
     ("batch_hard", (32768, 128), HIGHEST.name, 0.5),
 ]
+_STRATEGIES = [("batch_all", (32768, 128), BFLOAT16.name, 6.0)]  # of batch-hard's time
 _EXPLICIT = [(65536, 128), (1 << 20, 128)]
 
 
@@ -59,6 +62,11 @@ def allowed_bytes(case: dict[str, Any]) -> float:
     return case["batch"] * (2 * case["width"] * (2 if case["dtype"] == "bfloat16" else 4) + 64)
 
 
+def allowed_to_strategies(case: dict[str, Any]) -> float:
+    """Four times the embeddings and 128 bytes a row; and 8 MB, in which rounds over large classes have room."""
+    return case["batch"] * (4 * case["width"] * (2 if case["dtype"] == "bfloat16" else 4) + 128) + float(8 << 20)
+
+
 def label(row: dict[str, Any]) -> str:
     return f"{row['case']['batch']} × {row['case']['width']}, {row['precision']}"
 
@@ -67,17 +75,23 @@ def _judge(asked: str, value: float | None, shown: str, met: bool) -> Judged:
     return (asked, "not measured", "") if value is None else (asked, shown, "met" if met else "MISSED")
 
 
+def _ratio_of(found: Found, family: str, shape: tuple[int, int], precision: str, side: str) -> float | None:
+    for (_, name), sides in found.times(family).items():
+        case = next(iter(sides.values()))["case"]
+        if (case["batch"], case["width"]) == shape and name == precision:
+            return sides.get(side, {}).get("ratio", {}).get("both")
+    return None
+
+
 def _ratios(found: Found) -> list[Judged]:
     rows = []
     for family, (count, width), precision, most in _RATIOS:
-        for (_, name), sides in found.times(family).items():
-            case = next(iter(sides.values()))["case"]
-            if (case["batch"], case["width"], name) == (count, width, precision):
-                value = sides.get("mm", {}).get("ratio", {}).get("both")
-                break
-        else:
-            value = None
+        value = _ratio_of(found, family, (count, width), precision, "mm")
         asked = f"batch-hard {count} × {width}, {precision}: at most {most:g} × `torch.mm(x, x.T)`"
+        rows.append(_judge(asked, value, f"{value or 0:.3g} ×", (value or 0) <= most))
+    for family, (count, width), precision, most in _STRATEGIES:
+        value = _ratio_of(found, family, (count, width), precision, "batch_hard")
+        asked = f"{family} {count} × {width}, {precision}: at most {most:g} × batch-hard"
         rows.append(_judge(asked, value, f"{value or 0:.3g} ×", (value or 0) <= most))
     return rows
 
@@ -132,16 +146,18 @@ def _explicit(found: Found) -> list[Judged]:
     return rows
 
 
-def _memory(found: Found) -> Judged:
+def _memory(found: Found, what: str, asked: str, allowed: Callable[[dict[str, Any]], float], *families: str) -> Judged:
     worst: tuple[float, str] | None = None
-    for sides in found.times("batch_hard").values():
+    for sides in found.times(*families).values():
         ours = sides.get("ours", {})
         if ours.get("extra_bytes") is not None:
-            value = (ours["extra_bytes"] / allowed_bytes(ours["case"]), label(ours))
+            value = (ours["extra_bytes"] / allowed(ours["case"]), label(ours))
             worst = max(worst, value) if worst else value
-    asked = "batch-hard, extra memory: at most 2 × the embeddings + 64 bytes a row"
     return _judge(
-        asked, worst and worst[0], f"{worst[0]:.2f} × that ({worst[1]})" if worst else "", bool(worst) and worst[0] <= 1
+        f"{what}, extra memory: at most {asked}",
+        worst and worst[0],
+        f"{worst[0]:.2f} × that ({worst[1]})" if worst else "",
+        bool(worst) and worst[0] <= 1,
     )
 
 
@@ -153,5 +169,12 @@ def judged(results: dict[str, Any]) -> list[Judged]:
         _faster(found, "time", "a call"),
         _faster(found, "graph", "a replay"),
         *_explicit(found),
-        _memory(found),
+        _memory(found, "batch-hard", "2 × the embeddings + 64 bytes a row", allowed_bytes, "batch_hard"),
+        _memory(
+            found,
+            "other strategies",
+            "4 × the embeddings + 128 bytes a row + 8 MB",
+            allowed_to_strategies,
+            *STRATEGIES,
+        ),
     ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from ..cases import STRATEGIES
 from ..report import _digits, _table
-from .goals import Found, allowed_bytes, bytes_moved, judged, label, operations, rate
+from .goals import Found, allowed_bytes, allowed_to_strategies, bytes_moved, judged, label, operations, rate
 
 Row = dict[str, Any]
 
@@ -177,6 +178,39 @@ def _replays(found: Found) -> str:
     return _table(["replay of a CUDA graph, ms", "ours", *titles.values()], rows) if rows else ""
 
 
+def _strategies(found: Found) -> str:
+    rows = []
+    for sides in found.times(*STRATEGIES).values():
+        ours, other = sides.get("ours", {}), sides.get("batch_hard", {})
+        if "ms" not in ours:
+            continue
+        ratio = other.get("ratio", {}).get("both")
+        extra, most = ours.get("extra_bytes"), allowed_to_strategies(ours["case"])
+        rows.append(
+            [
+                f"{ours['case']['family']}, {label(ours)}",
+                *(_median(ours, name) for name in _PASSES),
+                _median(other or None),
+                "–" if ratio is None else f"{ratio:.1f}",
+                *("–" if x is None else _digits(x / 2**20) for x in (extra, most)),
+            ]
+        )
+    if not rows:
+        return ""
+    head = [
+        "",
+        *(f"{n}, ms" for n in _PASSES),
+        "batch-hard, both, ms",
+        "both ÷ batch-hard",
+        "extra memory, MB",
+        "asked",
+    ]
+    text = (
+        "Classes of four, in noise: half of all triplets are active. Batch-hard on the same rows takes turns with each."
+    )
+    return text + "\n\n" + _table(head, rows)
+
+
 def _explicit(found: Found) -> str:
     times, copy = found.times("explicit", "torch_nn"), found.ceiling("copy")
     titles = _titles(times.values())
@@ -236,7 +270,9 @@ def _kernels(found: Found) -> str:
     for row in found.of("kernels"):
         total = sum(us for _, us in row["launches"]) or 1.0
         for name, us in row["launches"]:
-            rows.append([f"{label(row)}: `{_cell(name)}`", f"{us:.1f}", f"{100 * us / total:.0f} %"])
+            rows.append(
+                [f"{row['case']['family']}, {label(row)}: `{_cell(name)}`", f"{us:.1f}", f"{100 * us / total:.0f} %"]
+            )
     return _table(["launch, in order", "µs", "of the call"], rows) if rows else ""
 
 
@@ -279,6 +315,7 @@ def page(results: Row) -> str:
         _section("Tests", _tests(found)),
         _section("compute-sanitizer", _sanitizer(found)),
         _section("Batch-hard", _ceilings(found), _mined(found), _replays(found)),
+        _section("Other strategies", _strategies(found)),
         _section("Given triplets", _explicit(found)),
         _section("Extra memory", _memory(found)),
         _section("Launches", _launches(found)),

@@ -20,6 +20,8 @@ class Sizes:
     kernels: tuple[Shape, ...]
     accuracy: tuple[Shape, ...]
     exact: tuple[Shape, ...]  # on either side of where the tiles begin
+    strategies: tuple[Shape, ...]
+    integers: tuple[Shape, ...]  # of strategies, against float64
     repeated: tuple[Shape, ...]
     captured: tuple[Shape, ...]
     runs: int
@@ -49,6 +51,8 @@ FULL = Sizes(
     kernels=_32768,
     accuracy=((4096, 128), (4096, 512)),
     exact=((700, 33), (5000, 32)),
+    strategies=((4096, 128), (32768, 128)),
+    integers=((700, 33), (1500, 130)),
     repeated=((1024, 128), (4096, 128), (8192, 512)),
     captured=((128, 128), (1024, 128), (4096, 128)),
     runs=20,
@@ -67,6 +71,8 @@ REHEARSAL = Sizes(
     kernels=((32, 8),),
     accuracy=((64, 8),),
     exact=((60, 9),),
+    strategies=((32, 8),),
+    integers=((40, 9),),
     repeated=((32, 8),),
     captured=((16, 8),),
     runs=3,

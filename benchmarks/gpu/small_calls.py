@@ -16,7 +16,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def main(kind: str, shapes: tuple[tuple[int, int], ...] = (PAIRS, TILES), triplets: tuple[int, ...] = TRIPLETS) -> int:
-    from triplet_ext import TripletMarginLoss, Triplets, functional
+    from triplet_ext import Mining, TripletMarginLoss, Triplets, functional
+    from triplet_ext.mining import NEGATIVE_RULES, POSITIVE_RULES
 
     generator = torch.Generator().manual_seed(1)
     count = 0
@@ -38,6 +39,13 @@ def main(kind: str, shapes: tuple[tuple[int, int], ...] = (PAIRS, TILES), triple
             done(functional.mined_triplet_loss(x, y, distance=distance), [x])
             other = dict(ref_embeddings=r, ref_labels=y.roll(1), ref_offset=0)
             done(functional.mined_triplet_loss(x, y, distance=distance, **other), [x, r])
+    y = (torch.arange(70) % 7).to(kind)  # more positives than a forward can save of rows that are so narrow
+    for dtype, rules in itertools.product(_DTYPES, itertools.product(POSITIVE_RULES, NEGATIVE_RULES)):
+        for distance, width, soft in (("euclidean", 33, False), ("cosine", 6, True)):
+            x, r = leaves(2, 70, width, dtype)
+            how = dict(mining=Mining(*rules), distance=distance, soft_margin=soft, swap="all" not in rules[1:])
+            done(functional.mined_triplet_loss(x, y, **how), [x])
+            done(functional.mined_triplet_loss(x, y, ref_embeddings=r, ref_labels=y.roll(1), **how), [x, r])
     for dtype, distance in itertools.product(_DTYPES, ("euclidean", "cosine")):
         for width in (33, 64):
             three = leaves(3, 50, width, dtype)

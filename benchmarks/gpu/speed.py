@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import agree, data
-from ..cases import Case
+from ..cases import STRATEGIES, Case
 from ..data import Inputs
 from ..sides import OURS, Loss, Side, absent, side_named, sides_of
 from ..timing import Step, compare, summary
-from .device import PRECISIONS, Precision, nvidia_smi
+from .device import BFLOAT16, HIGHEST, PRECISIONS, Precision, nvidia_smi
 from .inputs import batch, sets
 from .run import Context, Failed, Row, Skipped, brief
 
@@ -68,6 +68,16 @@ def compiled(side: Side) -> Side:
         return torch.compile(side.build(case), dynamic=False)
 
     return replace(side, name="compiled_eager", title="torch.compile of eager PyTorch (mm)", build=build)
+
+
+def _batch_hard(case: Case) -> Loss:
+    import triplet_ext
+
+    return triplet_ext.TripletLoss(case.margin, distance=case.distance)
+
+
+# What every other strategy is measured beside: no peer of theirs, and another loss.
+BATCH_HARD = Side("batch_hard", "batch-hard", STRATEGIES, _batch_hard)
 
 
 def peers(case: Case) -> Iterable[Side]:
@@ -176,7 +186,12 @@ class _Measurement:
         extra = self.device.extra_bytes(call_of(side, step.loss, self.sets[0]))
         if (one := time.perf_counter() - start) > sizes.slow:
             raise Skipped(f"one call takes {one:.0f} s")
-        if is_loss and self.precision.name == "float32 highest" and self.case.batch <= _AGREE_UP_TO:
+        if (
+            is_loss
+            and side is not BATCH_HARD
+            and self.precision.name == "float32 highest"
+            and self.case.batch <= _AGREE_UP_TO
+        ):
             row["agreement"] = self._agreement(step.loss)
         pairs = compare(self.ours, step, self.sets, sizes.budget, self.clock)
         row["ratio"] = {name: summary(values)["median"] for name, values in pairs.ratios().items()}
@@ -231,6 +246,16 @@ def big(context: Context) -> str:
     return _measure(context, _grid(context, context.sizes.big))
 
 
+def strategies(context: Context) -> str:
+    """The other strategies beside batch-hard on the same rows."""
+    cases = []
+    for count, width in context.sizes.strategies:
+        for precision in (HIGHEST, BFLOAT16):
+            for family in STRATEGIES:
+                cases.append((Case(family, count, width, dtype=precision.dtype), precision, [BATCH_HARD]))
+    return _measure(context, cases)
+
+
 def replays(context: Context) -> str:
     """Of small batches: a launch is nothing beside a large one."""
     cases = _grid(context, context.sizes.small)
@@ -283,17 +308,18 @@ def launches(context: Context) -> None:
 
 def kernels(context: Context) -> None:
     """How long each kernel of a call takes: the median of five."""
-    for count, width in context.sizes.kernels:
-        for precision in PRECISIONS:
-            case = Case("batch_hard", count, width, dtype=precision.dtype)
-            inputs, loss = batch(case, 1, context.device), OURS.build(case)
-            with precision():
-                call = functools.partial(backward, loss, inputs)
-                call()
-                runs = [context.device.launches(call) for _ in range(6)][1:]
-            names = [name for name, _ in runs[0]]
-            if not names or any([n for n, _ in run] != names for run in runs):
-                raise Failed(f"the profiler saw {[len(run) for run in runs]} launches in five equal calls")
-            times = [statistics.median(run[k][1] for run in runs) for k in range(len(names))]
-            row: Row = {"kind": "kernels", "case": case.to_json(), "precision": precision.name}
-            context.put({**row, "launches": [[n, round(t, 1)] for n, t in zip(names, times)]})
+    cases = [("batch_hard", shape, p) for shape in context.sizes.kernels for p in PRECISIONS]
+    cases += [(f, shape, p) for shape in context.sizes.strategies[-1:] for p in (HIGHEST, BFLOAT16) for f in STRATEGIES]
+    for family, shape, precision in cases:
+        case = Case(family, *shape, dtype=precision.dtype)
+        inputs, loss = batch(case, 1, context.device), OURS.build(case)
+        with precision():
+            call = functools.partial(backward, loss, inputs)
+            call()
+            runs = [context.device.launches(call) for _ in range(6)][1:]
+        names = [name for name, _ in runs[0]]
+        if not names or any([n for n, _ in run] != names for run in runs):
+            raise Failed(f"the profiler saw {[len(run) for run in runs]} launches in five equal calls")
+        times = [statistics.median(run[k][1] for run in runs) for k in range(len(names))]
+        row: Row = {"kind": "kernels", "case": case.to_json(), "precision": precision.name}
+        context.put({**row, "launches": [[n, round(t, 1)] for n, t in zip(names, times)]})

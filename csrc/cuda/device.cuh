@@ -74,6 +74,9 @@ __device__ __forceinline__ T peek(const T* p) {
   return *reinterpret_cast<const volatile T*>(p);
 }
 
+// Between two looks at what another block is to write.
+__device__ __forceinline__ void pause() { __nanosleep(200); }
+
 // kernel<<<...>>>(args...), which only nvcc can parse. Returns what the launch said.
 template <typename... P, typename... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,

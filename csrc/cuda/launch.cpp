@@ -51,6 +51,13 @@ const int64_t* index_of(const at::Tensor& x) { return x.const_data_ptr<int64_t>(
 
 cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
+int multiprocessors() {
+  int device = 0, count = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Blocks of the tiles' kernel that run at once: two a multiprocessor where their shared memory fits.
 int resident_blocks() {
   int device = 0, count = 0, shared = 0;
@@ -235,6 +242,109 @@ void select_tiles(const at::Tensor& x, const at::Tensor& y, const OptionalTensor
   check(launch_select_tiles(params, element_of(x), stream()), "select_tiles");
 }
 
+// --- every other strategy -----------------------------------------------------------------------------------------
+
+constexpr int64_t kMostSlots = 128;      // positives an anchor in a round of the backward pass
+constexpr int64_t kRoomBytes = 8 << 20;  // what rounds may take in all, or
+constexpr int64_t kRoomBytesEach = 64;   // an anchor, if that is more
+
+PositiveRule parse_positive(std::string_view name) {
+  if (name == "hard") return PositiveRule::Hard;
+  if (name == "easy") return PositiveRule::Easy;
+  TORCH_CHECK_VALUE(name == "all", "unknown rule for positives '", std::string(name), "'");
+  return PositiveRule::All;
+}
+
+NegativeRule parse_negative(std::string_view name) {
+  if (name == "hard") return NegativeRule::Hard;
+  if (name == "semi_hard") return NegativeRule::SemiHard;
+  TORCH_CHECK_VALUE(name == "all", "unknown rule for negatives '", std::string(name), "'");
+  return NegativeRule::All;
+}
+
+// The rows of one side in the order of their labels.
+struct OrderedSide {
+  at::Tensor given, labels, order, finite, unit;
+  MinedSide params;
+
+  OrderedSide(const at::Tensor& x, const at::Tensor& y, bool cosine) : given(y.contiguous()) {
+    const int64_t count = x.size(0);
+    std::tie(labels, order) = at::sort(given, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    finite = at::empty({count}, x.options().dtype(at::kByte));
+    const char* inverse = nullptr;
+    if (cosine) {
+      unit = at::empty({2, count}, x.options().dtype(accumulation_type(x)));
+      char* const at = static_cast<char*>(unit.mutable_data_ptr());
+      norms(x, at, at + count * int64_t(unit.element_size()));
+      inverse = at;
+    }
+    params = {matrix_of(x),
+              index_of(labels),
+              index_of(order),
+              index_of(given),
+              inverse,
+              cosine ? inverse + count * int64_t(unit.element_size()) : nullptr,
+              finite.mutable_data_ptr<uint8_t>()};
+  }
+};
+
+// What the strategies' kernels share, and the tensors that it points to.
+struct Mined {
+  OrderedSide anchors;
+  std::optional<OrderedSide> others;
+  at::Tensor reach, bad, most, counters;
+  MinedParams params{};
+
+  Mined(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& references, const OptionalTensor& z,
+        std::optional<int64_t> offset, std::string_view positive, std::string_view negative, const Measure& measure,
+        Reduction reduction)
+      : anchors(x, y, measure.distance == Distance::Cosine) {
+    check_rows(x.size(0), references ? references->size(0) : 0);
+    if (references) others.emplace(*references, *z, measure.distance == Distance::Cosine);
+    const int64_t count = x.size(0);
+    const auto of = [&](at::ScalarType type) { return x.options().dtype(type); };
+    reach = at::empty({count, int64_t(sizeof(Reach))}, of(at::kByte));
+    bad = at::empty({count}, of(at::kByte));
+    most = at::empty({(count + kMinedRows - 1) / kMinedRows}, of(at::kInt));
+    counters = at::empty({kMinedCounters}, of(at::kInt));
+    params.x = anchors.params;
+    params.r = others ? others->params : anchors.params;
+    params.apart = references.has_value();
+    params.depth = x.size(1);
+    params.offset = references ? offset.value_or(kNobody) : 0;
+    params.positive = parse_positive(positive);
+    params.negative = parse_negative(negative);
+    params.measure = measure;
+    params.reduction = reduction;
+    params.reach = static_cast<Reach*>(reach.mutable_data_ptr());
+    params.bad = bad.mutable_data_ptr<uint8_t>();
+    params.most = most.mutable_data_ptr<int32_t>();
+    params.counters = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<int32_t>());
+    params.chunk = kMostChunk;
+    C10_CUDA_CHECK(cudaMemsetAsync(params.counters, 0, kMinedCounters * sizeof(unsigned), stream()));
+  }
+
+  bool single() const { return params.positive != PositiveRule::All; }
+  bool one_negative() const { return params.negative != NegativeRule::All; }
+  // Of an entry, and of an anchor beside those.
+  int64_t entry_bytes(int64_t acc) const { return 2 * acc + (one_negative() ? 4 : 0); }
+  int64_t anchor_bytes() const { return single() ? 4 : 0; }
+  // The most entries that an anchor can have.
+  int64_t useful() const { return single() ? 1 : params.r.rows.rows; }
+
+  // As many entries as there are bytes for: the numbers in front, so that they are aligned.
+  Entries entries(const at::Tensor& memory, int64_t acc, int64_t first, int64_t most_slots) const {
+    const int64_t count = params.x.rows.rows, each = count ? int64_t(memory.nbytes()) / count : 0;
+    const int64_t slots =
+        std::max<int64_t>(0, std::min({(each - anchor_bytes()) / entry_bytes(acc), useful(), most_slots}));
+    char* const a = static_cast<char*>(const_cast<void*>(memory.const_data_ptr()));
+    char* const b = a + slots * count * acc;
+    auto* const n = reinterpret_cast<int32_t*>(b + slots * count * acc);
+    return {a,     b,    one_negative() ? n : nullptr, single() ? n + (one_negative() ? slots * count : 0) : nullptr,
+            first, slots};
+  }
+};
+
 }  // namespace
 
 Loss triplet_loss_cuda(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative, double margin,
@@ -377,6 +487,99 @@ std::tuple<at::Tensor, at::Tensor> select_hardest_cuda(const at::Tensor& embeddi
   }
   check(launch_select_pairs(params, element_of(embeddings), stream()), "select_pairs");
   return {positive, negative};
+}
+
+std::tuple<at::Tensor, at::Tensor> select_pair_cuda(const at::Tensor& embeddings, const at::Tensor& labels,
+                                                    const OptionalTensor& references,
+                                                    const OptionalTensor& reference_labels,
+                                                    std::optional<int64_t> reference_offset, std::string_view distance,
+                                                    std::string_view positive, std::string_view negative) {
+  const c10::cuda::CUDAGuard guard(embeddings.device());
+  at::Tensor p = at::empty({embeddings.size(0)}, labels.options()),
+             n = at::empty({embeddings.size(0)}, labels.options());
+  if (embeddings.size(0) == 0) return {p, n};
+  const Measure measure{0, 2, 0, parse_distance(distance), false, false};
+  Mined mined(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
+              Reduction::Sum);
+  mined.params.selects = true;
+  SelectPairParams params{};
+  static_cast<MinedParams&>(params) = mined.params;
+  params.positive = p.mutable_data_ptr<int64_t>();
+  params.negative = n.mutable_data_ptr<int64_t>();
+  check(launch_select_pair(params, element_of(embeddings), stream()), "select_pair");
+  return {p, n};
+}
+
+Loss mined_triplet_loss_cuda(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+                             const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset,
+                             std::string_view positive, std::string_view negative, double margin,
+                             std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
+  const c10::cuda::CUDAGuard guard(embeddings.device());
+  TORCH_CHECK_VALUE(!swap || negative != "all", "swap must be False where every negative is taken");
+  const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
+  const Mined mined(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
+                    parse_reduction(reduction));
+  const int64_t count = embeddings.size(0), total = mined.params.r.rows.rows;
+  const auto acc = embeddings.options().dtype(accumulation_type(embeddings));
+  at::Tensor loss = mined.params.reduction == Reduction::None ? at::empty({count}, acc) : at::empty({}, acc);
+  at::Tensor saved =
+      at::empty({count, std::max(embeddings.size(1), (total + 1023) / 1024)}, embeddings.options().dtype(at::kInt));
+  at::Tensor stats = at::empty({kStats}, embeddings.options().dtype(at::kDouble));
+  const at::Tensor partial = at::empty({mined_blocks(count), kMinedSums}, stats.options());
+  MinedForwardParams params{};
+  static_cast<MinedParams&>(params) = mined.params;
+  params.loss = loss.mutable_data_ptr();
+  params.stats = stats.mutable_data_ptr<double>();
+  params.partial = partial.mutable_data_ptr<double>();
+  params.saved = mined.entries(saved, int64_t(loss.element_size()), 0, mined.useful());
+  check(launch_mined_forward(params, element_of(embeddings), stream()), "mined_forward");
+  return {loss, saved, stats};
+}
+
+std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cuda(
+    const at::Tensor& grad, const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+    const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset, const at::Tensor& saved,
+    const at::Tensor& stats, std::string_view positive, std::string_view negative, double margin,
+    std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
+  const c10::cuda::CUDAGuard guard(embeddings.device());
+  TORCH_CHECK_VALUE(!swap || negative != "all", "swap must be False where every negative is taken");
+  const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
+  at::Tensor own = at::empty(embeddings.sizes(), embeddings.options());
+  at::Tensor other = at::empty(references ? references->sizes() : at::IntArrayRef{0}, embeddings.options());
+  const Mined mined(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
+                    parse_reduction(reduction));
+  const int64_t count = embeddings.size(0), bytes = accumulation_type(embeddings) == at::kDouble ? 8 : 4;
+  const at::Tensor weight = grad.to(accumulation_type(embeddings)).contiguous();
+  MinedBackwardParams params{};
+  static_cast<MinedParams&>(params) = mined.params;
+  params.grad = weight.const_data_ptr();
+  params.grad_stride = params.reduction == Reduction::None ? 1 : 0;
+  params.stats = stats.const_data_ptr<double>();
+  params.grad_x = own.mutable_data_ptr();
+  params.grad_r = other.mutable_data_ptr();
+  params.saved = mined.entries(saved, bytes, 0, mined.useful());
+  // Whether any class is larger than what was saved only the device knows; whether one can be is known here.
+  at::Tensor room, rest_x, rest_r;
+  params.room.slots = 1;
+  if (mined.useful() > params.saved.slots && count > 0) {
+    const int64_t most = mined.anchor_bytes() + std::min(mined.useful(), kMostSlots) * mined.entry_bytes(bytes);
+    const int64_t least = mined.anchor_bytes() + mined.entry_bytes(bytes);
+    const int64_t each = std::max(least, std::min(most, std::max(kRoomBytesEach, kRoomBytes / count)));
+    room = at::empty({count * each}, embeddings.options().dtype(at::kByte));
+    params.room = mined.entries(room, bytes, params.saved.slots, kMostSlots);
+    if (embeddings.element_size() == 2) {
+      rest_x = at::empty(own.sizes(), own.options());
+      rest_r = at::empty(other.sizes(), other.options());
+      params.rest_x = rest_x.mutable_data_ptr();
+      params.rest_r = rest_r.mutable_data_ptr();
+    }
+  }
+  params.turns = std::numeric_limits<int64_t>::max();
+  const int64_t items =
+      (count + kMinedRows - 1) / kMinedRows + (params.apart ? (params.r.rows.rows + kMinedRows - 1) / kMinedRows : 0);
+  const int64_t blocks = std::min<int64_t>(std::max<int64_t>(items, 1), 2 * multiprocessors());
+  check(launch_mined_backward(params, element_of(embeddings), blocks, stream()), "mined_backward");
+  return {own, other};
 }
 
 }  // namespace triplet_ext

@@ -128,6 +128,7 @@ struct MinedSide {
   Matrix rows;                 // as given
   const int64_t* labels;       // [rows] ascending
   const int64_t* order;        // [rows] packed -> given
+  const int64_t* given;        // [rows] the labels as given
   const void *inverse, *lack;  // as in SelectParams, by given row
   uint8_t* finite;             // [rows] given
 };
@@ -205,6 +206,7 @@ int launch_select_pairs(const SelectParams& params, Element element, cudaStream_
 int launch_select_tiles(const TileParams& params, Element element, cudaStream_t stream);
 // Selection and loss of the strategies that aren't batch-hard, and the gradient of those losses. Each is preceded by
 // two or three launches that look at the rows.
+int launch_reach(const MinedParams& params, Element element, cudaStream_t stream);
 int launch_select_pair(const SelectPairParams& params, Element element, cudaStream_t stream);
 int launch_mined_forward(const MinedForwardParams& params, Element element, cudaStream_t stream);
 int launch_mined_backward(const MinedBackwardParams& params, Element element, int64_t blocks, cudaStream_t stream);

@@ -89,6 +89,17 @@ __device__ __forceinline__ bool is_finite(T x) {
   return fabs(x) <= std::numeric_limits<T>::max();
 }
 
+// The first label in [0, count) that is not below `label` (or, with `after`, that is above it).
+__device__ __forceinline__ int64_t bound_of(const int64_t* labels, int64_t count, int64_t label, bool after) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (labels[middle] < label || (after && labels[middle] == label)) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
 // Host side: whether 16-byte accesses do for every row.
 template <typename E>
 bool packs(const Matrix& m, int64_t depth) {

@@ -100,17 +100,6 @@ __device__ __forceinline__ float rounded(float x, bool tf32) {
   return tf32 && is_finite(x) ? __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u) : x;
 }
 
-// The first label in [0, count) that is not below `label` (or, with `after`, that is above it).
-__device__ int64_t bound_of(const int64_t* labels, int64_t count, int64_t label, bool after) {
-  int64_t low = 0, high = count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (labels[middle] < label || (after && labels[middle] == label)) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
-
 // A warp packs a row. O is the type that is multiplied.
 template <typename E, typename O>
 __global__ void __launch_bounds__(kPackWarps* kWarp) pack_kernel(TileParams params, TileSide side, bool anchors) {

@@ -287,6 +287,121 @@ def selection(
     return case
 
 
+POSITIVES = ("hard", "easy", "all")
+NEGATIVES = ("hard", "semi_hard", "all")
+
+
+def strategy(
+    rules,
+    count,
+    depth,
+    classes,
+    o=None,
+    element="float64",
+    *,
+    others=None,
+    offset=None,
+    layout="plain",
+    data=noise,
+    change=None,
+    estranged=False,
+    chunk=3,
+    saved=4,
+    room=2,
+    blocks=2,
+    turns=1 << 30,
+):
+    """Any strategy but batch-hard against the oracle: few positives at a time, so that rounds are needed."""
+    o = o or Options(0.5)
+
+    def case(rng):
+        x, y = data(rng, count, depth), rng.integers(0, classes, count)
+        r = z = None
+        if others is not None:
+            r, z = data(rng, others, depth), rng.integers(0, classes, others)
+            if offset is not None:
+                r[offset : offset + count], z[offset : offset + count] = x, y
+                if estranged:
+                    z[offset + count // 2] = (y[count // 2] + 1) % classes
+        if change:
+            change(x, y)
+        x = stored(x, element)
+        arrays = options(o, element, depth) | matrix("anchor", x, layout) | {"labels": y}
+        if r is not None:
+            r = stored(r, element)
+            arrays |= matrix("references", r, layout) | {"reference_labels": z}
+            if offset is not None:
+                arrays["offset"] = np.array([offset], np.int64)
+        numbers = {"rule_p": POSITIVES.index(rules[0]), "rule_n": NEGATIVES.index(rules[1]), "chunk": chunk}
+        numbers |= {"saved": saved, "room": room, "blocks": blocks, "turns": turns}
+        arrays |= {name: np.array([number], np.int64) for name, number in numbers.items()}
+        wide_x, wide_r = values(x, element), None if r is None else values(r, element)
+        batch = (wide_x, y.tolist())
+        references = (wide_r, None if z is None else z.tolist(), offset)
+        if "all" not in rules:
+            triplets = oracle.triplets_of(*batch, *rules, o.distance, *references)
+
+            def check_pairs(got):
+                p, n = (got[name].view(np.int64) for name in ("positive", "negative"))
+                assert [(i, p[i], n[i]) for i in range(count) if p[i] >= 0 and n[i] >= 0] == triplets
+
+            return arrays, check_pairs
+        weight = weight_for(rng, o, count, element)
+        arrays["grad"] = weight
+        wanted = oracle.strategy(
+            *batch, *rules, o, *references, weight=weight if o.reduction == "none" else float(weight[0])
+        )
+        shapes = [(count, depth)] if r is None else [(count, depth), (others, depth)]
+        wanted = wanted._replace(steepness=wanted.steepness * max(1, wanted.stats.triplets) ** 0.5)
+        return arrays, check_losses(element, shapes, o, wanted)
+
+    return case
+
+
+def strategy_not_finite(rules, others=0, reduction="mean", bad_anchor=True):
+    """No loss, and no gradient but NaN for what it could have concerned; a selection takes such rows first."""
+
+    def case(rng):
+        x, y = noise(rng, 40, 7), rng.integers(0, 5, 40)
+        r, z = (noise(rng, others, 7), rng.integers(0, 5, others)) if others else (x, y)
+        (x if bad_anchor else r)[3, 0], (x if bad_anchor else r)[21, 5] = np.nan, np.inf
+        o = Options(0.5, reduction=reduction)
+        arrays = options(o, "float32", 7) | matrix("anchor", stored(x, "float32")) | {"labels": y}
+        if others:
+            arrays |= matrix("references", stored(r, "float32")) | {"reference_labels": z}
+        numbers = {"rule_p": POSITIVES.index(rules[0]), "rule_n": NEGATIVES.index(rules[1]), "chunk": 3}
+        numbers |= {"saved": 4, "room": 2, "blocks": 2, "turns": 1 << 30}
+        arrays |= {name: np.array([number], np.int64) for name, number in numbers.items()}
+        arrays["grad"] = np.ones(40 if reduction == "none" else 1, np.float32)
+        bad_x, bad_r = ~np.isfinite(x).all(1), ~np.isfinite(r).all(1)
+
+        def check(got):
+            if "positive" in got:
+                for name, same in (("positive", True), ("negative", False)):
+                    chosen = got[name].view(np.int64)
+                    for i in range(40):
+                        among = [
+                            j
+                            for j in range(len(r))
+                            if (z[j] == y[i]) == same
+                            and (bad_x[i] or bad_r[j])
+                            and not (same and i == j and not others)
+                        ]
+                        assert not among or chosen[i] == among[0]
+                return
+            wanted = bad_x | bad_r.any()  # each anchor meets all references but itself
+            loss = got["loss"].view(np.float32)
+            np.testing.assert_array_equal(np.isnan(loss), wanted if reduction == "none" else [True])
+            own = np.isnan(got["grad0"].view(np.float32).reshape(40, 7)).all(1)
+            np.testing.assert_array_equal(own, wanted if others else True)
+            if others:
+                assert np.isnan(got["grad1"].view(np.float32)).all()
+
+        return arrays, check
+
+    return case
+
+
 def spoil(x, y):
     x[3, 0] = np.nan
     x[len(x) // 2, -1] = np.inf
@@ -306,6 +421,12 @@ def signed_zeros(rng, count, depth):
 
 def repeated(rng, count, depth):
     return lattice(rng, max(1, count // 3), depth)[rng.integers(0, max(1, count // 3), count)]
+
+
+def skew(x, y):
+    """One class of half the rows, which are close together, beside smaller ones."""
+    y[: len(y) // 2] = 1
+    x[: len(y) // 2] *= 0.3
 
 
 def extreme_labels(x, y):
@@ -393,6 +514,58 @@ CASES |= {
     "tiles-bands": selection("bfloat16", 1300, 8, 300, products="bfloat16", blocks=7),
 }
 
+RULES = [(p, n) for p in POSITIVES for n in NEGATIVES if (p, n) != ("hard", "hard")]
+LOSSES = [rules for rules in RULES if "all" in rules]
+BATCH_ALL, SEMI_HARD, EASY = ("all", "all"), ("all", "semi_hard"), ("easy", "semi_hard")
+for rules in RULES:
+    name = "strategy-" + "-".join(rules)
+    for distance, reduction in zip(DISTANCES, ("mean", "none", "mean_active")):
+        CASES[f"{name}-{distance}"] = strategy(rules, 45, 7, 9, Options(0.5, distance, reduction=reduction))
+    CASES[f"{name}-references"] = strategy(rules, 40, 5, 7, Options(0.3, "cosine"), others=150, layout="slice")
+    CASES[f"{name}-offset"] = strategy(rules, 20, 6, 6, Options(0.4, "euclidean"), others=70, offset=9)
+    CASES[f"{name}-estranged"] = strategy(rules, 20, 6, 6, others=70, offset=9, estranged=True)
+    CASES[f"{name}-ties"] = strategy(rules, 60, 3, 8, Options(2), "float32", data=lattice)
+    CASES[f"{name}-duplicates"] = strategy(rules, 50, 4, 5, Options(1, "euclidean"), "float32", data=repeated)
+    CASES[f"{name}-one-class"] = strategy(rules, 20, 3, 1)
+    CASES[f"{name}-singletons"] = strategy(rules, 20, 3, 10**6, Options(reduction="none"))
+for rules in LOSSES:
+    name = "strategy-" + "-".join(rules)
+    for distance in DISTANCES[:3]:
+        o = Options(1, distance, soft_margin=True, reduction="sum" if distance == "cosine" else "mean_active")
+        CASES[f"{name}-soft-{distance}"] = strategy(rules, 30, 6, 5, o, turns=1, blocks=16)
+    if rules[1] != "all":
+        for distance in DISTANCES[:3]:
+            o = Options(0.5, distance, swap=True, reduction="none")
+            CASES[f"{name}-swap-{distance}"] = strategy(rules, 30, 6, 5, o)
+        CASES[f"{name}-swap-offset"] = strategy(rules, 12, 3, 4, Options(0.5, swap=True), others=40, offset=7)
+for rules in RULES:
+    name = "strategy-" + "-".join(rules) + "-not-finite"
+    CASES[name] = strategy_not_finite(rules)
+    CASES[name + "-anchors"] = strategy_not_finite(rules, others=50, reduction="none")
+    CASES[name + "-references"] = strategy_not_finite(rules, others=50, bad_anchor=False)
+for rules in (BATCH_ALL, SEMI_HARD, EASY, ("hard", "all")):
+    name = "strategy-" + "-".join(rules)
+    for element in ("float32", "float16", "bfloat16"):
+        CASES[f"{name}-{element}"] = strategy(rules, 70, 40, 16, Options(1), element, chunk=64, saved=16)
+    CASES |= {
+        f"{name}-skewed": strategy(rules, 90, 4, 5, data=noise, change=skew),
+        f"{name}-skewed-half": strategy(rules, 70, 4, 5, element="bfloat16", change=skew, turns=1, blocks=64, room=8),
+        f"{name}-rounds": strategy(rules, 70, 35, 12, Options(2, reduction="none"), turns=1, blocks=40),
+        f"{name}-nothing-saved": strategy(rules, 50, 4, 5, saved=0, room=64, chunk=64),
+        f"{name}-all-saved": strategy(rules, 140, 33, 20, saved=64, chunk=64),
+        f"{name}-one-row": strategy(rules, 1, 3, 1),
+        f"{name}-two-rows": strategy(rules, 2, 1, 1),
+        f"{name}-wide": strategy(rules, 24, 300, 5, layout="odd"),
+        f"{name}-130": strategy(rules, 127, 130, 30, Options(3, "euclidean"), "float32", layout="transposed"),
+        f"{name}-common-mean": strategy(rules, 60, 20, 12, Options(5), "float32", data=shifted),
+        f"{name}-large-margin": strategy(rules, 30, 4, 5, Options(1e30), "float32"),
+        f"{name}-labels": strategy(rules, 40, 5, 3, change=extreme_labels),
+        f"{name}-more-anchors": strategy(rules, 150, 4, 9, others=37),
+        f"{name}-no-references": strategy(rules, 40, 4, 3, others=0),
+        f"{name}-no-common-label": strategy(rules, 40, 4, 10**6, others=37),
+        f"{name}-no-features": strategy(rules, 12, 0, 3),
+    }
+
 # Synchronise as others do and differ in their numbers only: ThreadSanitizer, the slowest of three, need not see them.
 SAME_RACES = {
     f"tiles-{name}"
@@ -401,3 +574,17 @@ SAME_RACES = {
         " offset singletons tf32-noise tf32-not-finite tiny-rows zeros"
     ).split()
 }
+WATCHED = {
+    *(f"strategy-{'-'.join(rules)}-rounds" for rules in (BATCH_ALL, SEMI_HARD, EASY, ("hard", "all"))),
+    "strategy-easy-semi_hard-not-finite",
+    "strategy-easy-semi_hard-offset",
+    "strategy-all-hard-ties",
+    "strategy-all-semi_hard-swap-offset",
+    "strategy-all-semi_hard-bfloat16",
+    "strategy-all-all-references",
+    "strategy-all-all-soft-cosine",
+    "strategy-all-all-no-features",
+    "strategy-all-all-no-references",
+    "strategy-easy-all-one-row",
+}
+SAME_RACES |= {name for name in CASES if name.startswith("strategy-")} - WATCHED

@@ -29,9 +29,18 @@ KERNELS = {
     "triplets.cu": ["indexed-float32", "explicit-float32-squared_euclidean", "mined-float32"],
     "select_pairs.cu": ["pairs-float32", "pairs-references", "pairs-no-features"],
     "select_tiles.cu": ["tiles-small", "tiles-tf32", "tiles-symmetric", "tiles-references"],
+    "strategies.cu": ["strategy-all-all-references", "strategy-easy-semi_hard-references"],
+    "strategies.cuh": ["strategy-all-semi_hard-rounds", "strategy-all-all-rounds", "strategy-hard-all-rounds"],
+    "strategies_backward.cu": [
+        "strategy-all-all-rounds",
+        "strategy-all-semi_hard-rounds",
+        "strategy-all-all-wide",
+        "strategy-all-all-no-references",
+    ],
     "tiles.cuh": ["tiles-small", "tiles-tf32", "tiles-symmetric", "tiles-references"],
 }
-COMPILES = {"tiles.cuh": "select_tiles.cu"}
+# What is compiled for a header: all that include it.
+COMPILES = {"tiles.cuh": ["select_tiles.cu"], "strategies.cuh": ["strategies.cu", "strategies_backward.cu"]}
 MODES = ("plain", "thread")
 
 
@@ -70,12 +79,13 @@ def verdict(mutant: Mutant, out: pathlib.Path, names: list[str]) -> str:
     for header in build.CUDA.parent.glob("*.h"):
         shutil.copy(header, cuda.parent)
     (cuda / mutant.file).write_text(mutant.text)
-    source = COMPILES.get(mutant.file, mutant.file)
+    sources = COMPILES.get(mutant.file, [mutant.file])
     for mode in MODES:
         for name in names:
-            if name != source:
+            if name not in sources:
                 (folder / f"{mode}-{name}.o").symlink_to(out / f"{mode}-{name}.o")
-        build.call(build.objects(mode, folder, cuda, [source])[0])
+        for command in build.objects(mode, folder, cuda, sources):
+            build.call(command)
         program = build.link(mode, folder, names, folder / mode)
         for case in KERNELS[mutant.file]:
             try:

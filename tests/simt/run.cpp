@@ -252,6 +252,120 @@ void selection() {
   put("negative", negative);
 }
 
+// One side of a strategy's batch.
+struct Ordered {
+  std::vector<int64_t> labels, order;
+  Room finite, unit;
+  MinedSide params;
+
+  Ordered(const Matrix& x, const int64_t* given, bool cosine)
+      : labels(given, given + x.rows), order(x.rows), finite(x.rows), unit(cosine ? 2 * x.rows * accumulator() : 0) {
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t l, int64_t m) { return given[l] < given[m]; });
+    std::sort(labels.begin(), labels.end());
+    if (cosine) norms(x, unit, 0, x.rows);
+    params = {x,
+              labels.data(),
+              order.data(),
+              given,
+              cosine ? unit.data : nullptr,
+              cosine ? unit.data + x.rows * int64_t(accumulator()) : nullptr,
+              finite.data};
+  }
+};
+
+// Room for so many entries, as launch.cpp lays them out.
+struct EntryRoom {
+  Room a, b, n, chosen;
+  Entries params;
+
+  EntryRoom(int64_t count, int64_t first, int64_t slots, bool one, bool single)
+      : a(slots * count * accumulator()),
+        b(slots * count * accumulator()),
+        n(one ? 4 * slots * count : 0),
+        chosen(single ? 4 * count : 0) {
+    params = {a.data,
+              b.data,
+              one ? reinterpret_cast<int32_t*>(n.data) : nullptr,
+              single ? reinterpret_cast<int32_t*>(chosen.data) : nullptr,
+              first,
+              slots};
+  }
+};
+
+// Every other strategy: a selection, or forward and backward.
+void strategy() {
+  const bool apart = has("references"), cosine = Distance(integer("distance")) == Distance::Cosine;
+  const Matrix x = matrix("anchor"), r = apart ? matrix("references") : x;
+  const int64_t* const y = array<int64_t>("labels");
+  const Ordered anchors(x, y, cosine);
+  const Ordered others(r, apart ? array<int64_t>("reference_labels") : y, cosine);
+  const int64_t depth = integer("depth");
+  const auto positive = PositiveRule(integer("rule_p"));
+  const auto negative = NegativeRule(integer("rule_n"));
+  const bool single = positive != PositiveRule::All, one = negative != NegativeRule::All;
+  Room reach(sizeof(Reach) * x.rows), bad(x.rows), most(4 * ((x.rows + 31) / 32)), counters(4 * kMinedCounters, 0);
+  MinedParams params{};
+  params.x = anchors.params;
+  params.r = apart ? others.params : anchors.params;
+  params.apart = apart;
+  params.selects = single && one;
+  params.depth = depth;
+  params.offset = apart ? has("offset") ? integer("offset") : kNobody : 0;
+  params.positive = positive;
+  params.negative = negative;
+  params.measure = measure();
+  params.reduction = Reduction(integer("reduction"));
+  params.reach = reinterpret_cast<Reach*>(reach.data);
+  params.bad = bad.data;
+  params.most = reinterpret_cast<int32_t*>(most.data);
+  params.counters = reinterpret_cast<unsigned*>(counters.data);
+  params.chunk = integer("chunk");
+  if (params.selects) {
+    Room p(8 * x.rows), n(8 * x.rows);
+    SelectPairParams select{};
+    static_cast<MinedParams&>(select) = params;
+    select.positive = reinterpret_cast<int64_t*>(p.data);
+    select.negative = reinterpret_cast<int64_t*>(n.data);
+    check(launch_select_pair(select, element(), nullptr));
+    put("positive", p);
+    put("negative", n);
+    return;
+  }
+  const bool none = params.reduction == Reduction::None;
+  Room loss((none ? x.rows : 1) * accumulator()), stats(8 * kStats), partial(mined_blocks(x.rows) * kMinedSums * 8);
+  const int64_t saved_slots = integer("saved"), room_slots = integer("room");
+  const EntryRoom saved(x.rows, 0, saved_slots, one, single), room(x.rows, saved_slots, room_slots, one, single);
+  MinedForwardParams forward{};
+  static_cast<MinedParams&>(forward) = params;
+  forward.loss = loss.data;
+  forward.stats = reinterpret_cast<double*>(stats.data);
+  forward.partial = reinterpret_cast<double*>(partial.data);
+  forward.saved = saved.params;
+  check(launch_mined_forward(forward, element(), nullptr));
+  put("loss", loss);
+  put("stats", stats);
+
+  const int64_t size = int64_t(size_of_element()), on_r = apart ? r.rows : 0;
+  Room grad_x(x.rows * depth * size), grad_r(on_r * depth * size), rest_x(grad_x.bytes), rest_r(grad_r.bytes);
+  memset(counters.data, 0, counters.bytes);
+  MinedBackwardParams backward{};
+  static_cast<MinedParams&>(backward) = params;
+  backward.grad = array<char>("grad");
+  backward.grad_stride = none ? 1 : 0;
+  backward.stats = forward.stats;
+  backward.grad_x = grad_x.data;
+  backward.grad_r = grad_r.data;
+  backward.rest_x = size == 2 ? rest_x.data : nullptr;
+  backward.rest_r = size == 2 ? rest_r.data : nullptr;
+  backward.saved = saved.params;
+  backward.room = room.params;
+  backward.turns = integer("turns");
+  check(launch_mined_backward(backward, element(), integer("blocks"), nullptr));
+  put("grad0", grad_x);
+  if (apart) put("grad1", grad_r);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -261,7 +375,8 @@ int main(int count, char** arguments) {
   }
   read_input(arguments[1]);
   output.open(arguments[2], std::ios::binary);
-  if (has("labels")) selection();
+  if (has("rule_p")) strategy();
+  else if (has("labels")) selection();
   else losses();
   return 0;
 }

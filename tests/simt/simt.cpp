@@ -715,6 +715,8 @@ void fence(Where where) {
   free(sync);
 }
 
+void wait(Where where) { fail(where, "waits for what no block before has done"); }
+
 void* shared(size_t size, Where where) {
   running(where);
   if (size > s.shared_bytes) {

@@ -114,6 +114,7 @@ unsigned vote(Kind kind, unsigned mask, bool predicate, Where where);
 void ldmatrix(const uint32_t (&row)[4], uint32_t (&out)[4], Where where);
 void mma(Kind kind, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Where where);
 void fence(Where where);
+void wait(Where where);               // for another block
 void atomic(const volatile void* p);  // before each
 void* shared(size_t size, Where where);
 void check_row(const void* row, Where where);
@@ -387,6 +388,9 @@ template <typename T>
 T peek(const T* p) {
   return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
+
+// Blocks run one after another: what one waits for has happened, or never will.
+inline void pause(simt::Where where = simt::Where::here()) { simt::wait(where); }
 
 template <typename... P, typename... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, unsigned threads, simt::SharedBytes shared_bytes, cudaStream_t,

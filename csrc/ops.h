@@ -91,7 +91,7 @@ decltype(select_pair_cpu) select_pair_cuda;
 // The loss of all triplets of a strategy, for each of which at least one rule is "all".
 // Returns
 //   loss   [] or, with reduction "none", [B]: the sum of each anchor's losses; acc
-//   saved  [B, max(D, ceil(R / 1024))] int32: what a forward has to tell its own backward
+//   saved  [B, saved_width()] int32: what a forward has to tell its own backward
 //   stats  [5] float64, as triplet_loss
 Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
                             const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset,

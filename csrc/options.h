@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 
@@ -29,6 +30,11 @@ inline Reduction parse_reduction(std::string_view name) {
   if (name == "sum") return Reduction::Sum;
   TORCH_CHECK_VALUE(name == "none", "unknown reduction '", std::string(name), "'");
   return Reduction::None;
+}
+
+// Of what a strategy's forward has to tell its backward, int32 [B, width]: triplet_ext/reference.py, room_for_backward.
+inline int64_t saved_width(const at::Tensor& embeddings, int64_t references) {
+  return std::max((embeddings.size(1) * int64_t(embeddings.element_size()) + 3) / 4, (references + 1023) / 1024);
 }
 
 inline at::ScalarType accumulation_type(const at::Tensor& x) {

@@ -652,10 +652,10 @@ def enumerate_triplets(
 
 
 def room_for_backward(embeddings: Tensor, references: Optional[Tensor]) -> Tensor:
-    """int32 [B, max(D, R / 1024)], so no larger than the embeddings: what a kernel's forward has to tell its own
+    """int32 [B, max(as many as take an embedding's bytes, R / 1024)]: what a kernel's forward has to tell its own
     backward. The reference says nothing."""
     total = (embeddings if references is None else references).shape[0]
-    width = torch.sym_max(embeddings.shape[1], (total + 1023) // 1024)
+    width = torch.sym_max((embeddings.shape[1] * embeddings.element_size() + 3) // 4, (total + 1023) // 1024)
     return embeddings.new_zeros((embeddings.shape[0], width), dtype=torch.int32)
 
 

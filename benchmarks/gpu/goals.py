@@ -63,8 +63,8 @@ def allowed_bytes(case: dict[str, Any]) -> float:
 
 
 def allowed_to_strategies(case: dict[str, Any]) -> float:
-    """Four times the embeddings and 128 bytes a row; and 8 MB, in which rounds over large classes have room."""
-    return case["batch"] * (4 * case["width"] * (2 if case["dtype"] == "bfloat16" else 4) + 128) + float(8 << 20)
+    """Four times the embeddings and 128 bytes a row; and 4 MB, in which rounds over large classes have room."""
+    return case["batch"] * (4 * case["width"] * (2 if case["dtype"] == "bfloat16" else 4) + 128) + float(4 << 20)
 
 
 def label(row: dict[str, Any]) -> str:
@@ -173,7 +173,7 @@ def judged(results: dict[str, Any]) -> list[Judged]:
         _memory(
             found,
             "other strategies",
-            "4 × the embeddings + 128 bytes a row + 8 MB",
+            "4 × the embeddings + 128 bytes a row + 4 MB",
             allowed_to_strategies,
             *STRATEGIES,
         ),

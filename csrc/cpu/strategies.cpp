@@ -706,7 +706,7 @@ Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labe
   return dispatch(embeddings, [&](auto zero) {
     using T = decltype(zero);
     const int64_t count = embeddings.size(0), total = references ? references->size(0) : count;
-    const int64_t width = std::max(embeddings.size(1), (total + 1023) / 1024);
+    const int64_t width = saved_width(embeddings, total);
     const at::Tensor saved = at::zeros({count, width}, at::TensorOptions(at::kInt));
     const at::Tensor stats = at::empty({kStats}, at::TensorOptions(at::kDouble));
     const bool none = parse_reduction(reduction) == Reduction::None;

@@ -245,7 +245,7 @@ void select_tiles(const at::Tensor& x, const at::Tensor& y, const OptionalTensor
 // --- every other strategy -----------------------------------------------------------------------------------------
 
 constexpr int64_t kMostSlots = 128;      // positives an anchor in a round of the backward pass
-constexpr int64_t kRoomBytes = 8 << 20;  // what rounds may take in all, or
+constexpr int64_t kRoomBytes = 4 << 20;  // what rounds may take in all, or
 constexpr int64_t kRoomBytesEach = 64;   // an anchor, if that is more
 
 PositiveRule parse_positive(std::string_view name) {
@@ -522,8 +522,7 @@ Loss mined_triplet_loss_cuda(const at::Tensor& embeddings, const at::Tensor& lab
   const int64_t count = embeddings.size(0), total = mined.params.r.rows.rows;
   const auto acc = embeddings.options().dtype(accumulation_type(embeddings));
   at::Tensor loss = mined.params.reduction == Reduction::None ? at::empty({count}, acc) : at::empty({}, acc);
-  at::Tensor saved =
-      at::empty({count, std::max(embeddings.size(1), (total + 1023) / 1024)}, embeddings.options().dtype(at::kInt));
+  at::Tensor saved = at::empty({count, saved_width(embeddings, total)}, embeddings.options().dtype(at::kInt));
   at::Tensor stats = at::empty({kStats}, embeddings.options().dtype(at::kDouble));
   const at::Tensor partial = at::empty({mined_blocks(count), kMinedSums}, stats.options());
   MinedForwardParams params{};

@@ -24,6 +24,20 @@ inline Distance parse_distance(std::string_view name) {
   return Distance::PNorm;
 }
 
+inline PositiveRule parse_positive(std::string_view name) {
+  if (name == "hard") return PositiveRule::Hard;
+  if (name == "easy") return PositiveRule::Easy;
+  TORCH_CHECK_VALUE(name == "all", "unknown rule for positives '", std::string(name), "'");
+  return PositiveRule::All;
+}
+
+inline NegativeRule parse_negative(std::string_view name) {
+  if (name == "hard") return NegativeRule::Hard;
+  if (name == "semi_hard") return NegativeRule::SemiHard;
+  TORCH_CHECK_VALUE(name == "all", "unknown rule for negatives '", std::string(name), "'");
+  return NegativeRule::All;
+}
+
 inline Reduction parse_reduction(std::string_view name) {
   if (name == "mean") return Reduction::Mean;
   if (name == "mean_active") return Reduction::MeanActive;

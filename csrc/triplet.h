@@ -20,6 +20,9 @@ namespace triplet_ext {
 // PNorm is torch.nn.TripletMarginLoss's |x - y + eps|_p, and brings torch's conventions at the kinks along.
 enum class Distance : int32_t { SquaredEuclidean, Euclidean, Cosine, PNorm };
 enum class Reduction : int32_t { Mean, MeanActive, Sum, None };
+// Which positives of an anchor are taken, and which negatives of such a pair.
+enum class PositiveRule : int32_t { Hard, Easy, All };
+enum class NegativeRule : int32_t { Hard, SemiHard, All };
 
 struct Measure {
   double margin;
@@ -36,6 +39,23 @@ constexpr double kCosineFloor = 1e-8;
 
 // What the statistics of a call hold, in order.
 enum Stat : int { kAnchors, kTriplets, kActive, kPositiveDistance, kNegativeDistance, kStats };
+
+// From sums over the triplets.
+TRIPLET_FN void write_stats(double* stats, double anchors, double triplets, double active, double positive,
+                            double negative) {
+  stats[kAnchors] = anchors;
+  stats[kTriplets] = triplets;
+  stats[kActive] = active;
+  stats[kPositiveDistance] = positive / triplets;
+  stats[kNegativeDistance] = negative / triplets;
+}
+
+// What the sum of all losses is divided by.
+TRIPLET_FN double divisor_of(const double* stats, Reduction reduction) {
+  if (reduction != Reduction::Mean && reduction != Reduction::MeanActive) return 1;
+  const double count = stats[reduction == Reduction::Mean ? kTriplets : kActive];
+  return count > 1 ? count : 1;
+}
 
 // loss(t). An infinite d_an must not hide behind a loss of 0, hence NaN for every t that is not finite.
 template <typename T>

@@ -1,8 +1,6 @@
 // From tensors to what the kernels take.
 #pragma once
 
-#include <algorithm>
-
 #include "../options.h"
 #include "kernels.h"
 
@@ -27,13 +25,6 @@ auto dispatch(const at::Tensor& x, F f) {
   return accumulation_type(x) == at::kDouble ? f(double()) : f(float());
 }
 
-// What the sum of all losses is reduced to.
-inline double reduced(double sum, const double* stats, Reduction reduction) {
-  if (reduction == Reduction::Mean) return sum / std::max(1.0, stats[kTriplets]);
-  if (reduction == Reduction::MeanActive) return sum / std::max(1.0, stats[kActive]);
-  return sum;
-}
-
 // The gradient of the loss as the kernels take it: weight[t * step] * scale.
 template <typename T>
 struct Weight {
@@ -44,11 +35,7 @@ struct Weight {
   Weight(const at::Tensor& grad, const at::Tensor& stats, Reduction reduction)
       : values(grad.to(c10::CppTypeToScalarType<T>::value).contiguous()),
         step(reduction == Reduction::None ? 1 : 0),
-        scale(1) {
-    const double* s = stats.const_data_ptr<double>();
-    if (reduction == Reduction::Mean) scale = T(1 / std::max(1.0, s[kTriplets]));
-    if (reduction == Reduction::MeanActive) scale = T(1 / std::max(1.0, s[kActive]));
-  }
+        scale(T(1 / divisor_of(stats.const_data_ptr<double>(), reduction))) {}
   const T* data() const { return values.const_data_ptr<T>(); }
   T of(int64_t t) const { return data()[t * step] * scale; }
 };

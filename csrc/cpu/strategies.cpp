@@ -22,16 +22,6 @@ constexpr int64_t kStripBytes = 8 << 20;  // of weights held at a time
 constexpr int64_t kMostPanels = 32;       // whose terms are added up in T
 constexpr int64_t kCloseRoom = 4096;      // pairs of a panel of anchors, of those that a kernel finds
 
-enum class Rule { Hard, Easy, SemiHard, All };
-
-Rule parse_rule(std::string_view name) {
-  if (name == "hard") return Rule::Hard;
-  if (name == "easy") return Rule::Easy;
-  if (name == "semi_hard") return Rule::SemiHard;
-  TORCH_CHECK_VALUE(name == "all", "unknown rule '", std::string(name), "'");
-  return Rule::All;
-}
-
 // Ascending by y, equal ones as they came.
 template <typename T>
 class Sorter {
@@ -105,8 +95,8 @@ struct Taken {
 template <typename T>
 class Mined {
  public:
-  Mined(Side<T>& anchors, Side<T>* references, std::optional<int64_t> offset, Rule positive, Rule negative,
-        const Measure& measure)
+  Mined(Side<T>& anchors, Side<T>* references, std::optional<int64_t> offset, PositiveRule positive,
+        NegativeRule negative, const Measure& measure)
       : problem_(anchors, references, offset, measure.distance == Distance::Cosine, largest_scale(measure.margin)),
         a_(problem_.a),
         r_(problem_.r),
@@ -129,7 +119,7 @@ class Mined {
       }
       class_begin_[i] = begin;
       class_end_[i] = end;
-      most_ = std::max(most_, positive_ == Rule::All ? positives_of(i) : 1);
+      most_ = std::max(most_, positive_ == PositiveRule::All ? positives_of(i) : 1);
     }
   }
 
@@ -152,15 +142,37 @@ class Mined {
     std::vector<double> loss, positive, negative;
     std::vector<int64_t> active, triplets;
     explicit Sums(int64_t count) : loss(count), positive(count), negative(count), active(count), triplets(count) {}
+
+    void add(int64_t anchor, T of_triplet, double d_ap, double d_an) {
+      loss[anchor] += of_triplet;
+      active[anchor] += of_triplet > 0;
+      positive[anchor] += d_ap;
+      negative[anchor] += d_an;
+    }
   };
 
-  // Of each anchor, in the caller's order. Without `saved`, nothing is kept for the backward.
-  Sums forward(int32_t* saved, int64_t width) const {
+  // How many triplets there are; and NaN where that is already known to be the sum.
+  Sums no_sums() const {
     Sums sums(a_.count);
+    const bool references_finite = r_.all_finite();
+    for (int64_t i = 0; i < a_.count; ++i) {
+      const int64_t o = a_.order[i];
+      if (has_triplets(i))
+        sums.triplets[o] = (positive_ == PositiveRule::All ? positives_of(i) : 1) *
+                           (negative_ == NegativeRule::All ? negatives_of(i) : 1);
+      if (spoilt(i, references_finite))
+        sums.loss[o] = sums.positive[o] = sums.negative[o] = std::numeric_limits<double>::quiet_NaN();
+    }
+    return sums;
+  }
+
+  // Of each anchor, in the caller's order; `saved` is for the backward.
+  Sums forward(int32_t* saved, int64_t width) const {
+    Sums sums = no_sums();
     each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
       choose_positives(p, group);
-      if (negative_ == Rule::All) {
-        add_all(p, group, saved && marks_fit(width) ? reinterpret_cast<uint32_t*>(saved) : nullptr, sums);
+      if (negative_ == NegativeRule::All) {
+        add_all(p, group, marks_fit(width) ? reinterpret_cast<uint32_t*>(saved) : nullptr, sums);
         return;
       }
       choose_negatives(p, group);
@@ -168,23 +180,11 @@ class Mined {
         const int64_t o = a_.order[i];
         const T t = T((neg.y - pos.y) * unit_ + measure_.margin);
         const T loss = triplet_loss_of(t, measure_);
-        sums.loss[o] += loss;
-        sums.active[o] += loss > 0;
-        sums.positive[o] -= pos.y * unit_;
-        sums.negative[o] -= neg.y * unit_;
-        if (saved && negatives_fit(width) && (rank == 0 || negative_ == Rule::SemiHard))
+        sums.add(o, loss, -pos.y * unit_, -neg.y * unit_);
+        if (negatives_fit(width) && (rank == 0 || negative_ == NegativeRule::SemiHard))
           saved[i * width + rank] = int32_t(neg.index);
       });
     });
-    const bool references_finite = r_.all_finite();
-    for (int64_t i = 0; i < a_.count; ++i) {
-      const int64_t o = a_.order[i];
-      if (has_triplets(i))
-        sums.triplets[o] =
-            (positive_ == Rule::All ? positives_of(i) : 1) * (negative_ == Rule::All ? negatives_of(i) : 1);
-      if (spoilt(i, references_finite))
-        sums.loss[o] = sums.positive[o] = sums.negative[o] = std::numeric_limits<double>::quiet_NaN();
-    }
     return sums;
   }
 
@@ -211,7 +211,7 @@ class Mined {
     Pulled on_x(a_, depth), on_r(r_, problem_.symmetric ? 0 : depth);
     Pulled& other = problem_.symmetric ? on_x : on_r;
 
-    const int64_t groups = P / kernels<T>().tile_rows, words = (r_.panels + 31) / 32;
+    const int64_t groups = P / kernels<T>().tile_rows, words = this->words();
     const int64_t panel_bytes = std::max<int64_t>(1, P * P * r_.panels * int64_t(sizeof(T)));
     const int64_t strip = std::clamp<int64_t>(kStripBytes / panel_bytes, 1, a_.panels);
     const Buffer<T> tiles(strip * groups * r_.panels * tile);
@@ -313,7 +313,7 @@ class Mined {
     const int64_t rows = kernels<T>().tile_rows;
     return (a_.count + rows - 1) / rows * words() <= a_.count * width;
   }
-  bool negatives_fit(int64_t width) const { return negative_ == Rule::Hard ? width > 0 : most_ <= width; }
+  bool negatives_fit(int64_t width) const { return negative_ == NegativeRule::Hard ? width > 0 : most_ <= width; }
 
   template <typename F>
   void each(int64_t tasks, F f) const {
@@ -364,8 +364,9 @@ class Mined {
     auto& taken = anchor.positives;
     for (int64_t j = class_begin_[i]; j < class_end_[i]; ++j) {
       if (j == problem_.packed_self[i] || r_.group.get()[j] == kNoGroup) continue;
-      if (positive_ == Rule::All || taken.empty()) taken.push_back({y[j], Lane<T>(j)});
-      else if (positive_ == Rule::Easy ? y[j] > taken[0].first : y[j] < taken[0].first) taken[0] = {y[j], Lane<T>(j)};
+      if (positive_ == PositiveRule::All || taken.empty()) taken.push_back({y[j], Lane<T>(j)});
+      else if (positive_ == PositiveRule::Easy ? y[j] > taken[0].first : y[j] < taken[0].first)
+        taken[0] = {y[j], Lane<T>(j)};
     }
   }
 
@@ -375,14 +376,14 @@ class Mined {
   void set_thresholds(Group<T>& group, T shift) const {
     for (int64_t r = 0; r < panel(); ++r) {
       auto& anchor = group.anchors[r];
-      const bool nearest = negative_ == Rule::Hard;
+      const bool nearest = negative_ == NegativeRule::Hard;
       const int64_t count = nearest ? !anchor.positives.empty() : int64_t(anchor.positives.size());
       int64_t room = 1;
       while (room <= count) room *= 2;
       anchor.values.assign(room, std::numeric_limits<T>::infinity());
       for (int64_t t = 0; t < count && !nearest; ++t) anchor.values[t] = anchor.positives[t].first + shift;
       group.thresholds[r] = {anchor.values.data(), nullptr, count ? anchor.values[count / 2] : T(0), Lane<T>(count)};
-      if (negative_ != Rule::All) continue;
+      if (negative_ != NegativeRule::All) continue;
       anchor.sums.resize(count + 1);
       double total = anchor.sums[0] = 0;
       for (int64_t t = 0; t < count; ++t)
@@ -409,11 +410,11 @@ class Mined {
       const int64_t i = p * P + r, o = a_.order[i];
       double total = 0;
       for (const auto& positive : taken) total -= positive.first;
-      sums.loss[o] = excess[r].loss * (measure_.soft_margin ? 1 : unit_);
+      sums.loss[o] += excess[r].loss * (measure_.soft_margin ? 1 : unit_);
       if (!std::isfinite(sums.loss[o])) sums.loss[o] = std::numeric_limits<double>::quiet_NaN();
-      sums.active[o] = excess[r].active;
-      sums.positive[o] = total * unit_ * double(negatives_of(i));
-      sums.negative[o] = -excess[r].distance * unit_ * double(taken.size());
+      sums.active[o] += excess[r].active;
+      sums.positive[o] += total * unit_ * double(negatives_of(i));
+      sums.negative[o] += -excess[r].distance * unit_ * double(taken.size());
     }
   }
 
@@ -455,7 +456,7 @@ class Mined {
     for (int64_t r = 0; r < panel(); ++r) {
       auto& anchor = group.anchors[r];
       const int64_t i = p * panel() + r;
-      const size_t count = negative_ == Rule::Hard ? !anchor.positives.empty() : anchor.positives.size();
+      const size_t count = negative_ == NegativeRule::Hard ? !anchor.positives.empty() : anchor.positives.size();
       anchor.nearest.resize(count);
       anchor.nearest_index.resize(count);
       const auto y_of = [&](int64_t j) -> T {
@@ -476,7 +477,7 @@ class Mined {
     for (int64_t r = 0; r < panel(); ++r) {
       const auto& anchor = group.anchors[r];
       for (size_t t = 0; t < anchor.positives.size(); ++t) {
-        const size_t n = negative_ == Rule::Hard ? 0 : t;
+        const size_t n = negative_ == NegativeRule::Hard ? 0 : t;
         if (anchor.nearest_index[n] < 0) continue;  // no negative is finite
         f(p * panel() + r, int64_t(t), Taken<T>{anchor.positives[t].first, anchor.positives[t].second},
           Taken<T>{anchor.nearest[n], anchor.nearest_index[n]});
@@ -496,7 +497,7 @@ class Mined {
              const PackedRows& rows, const Strip& strip, std::vector<Pair<T>>& pairs) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, tile = P * tile_rows;
     const uint32_t* marks = marks_fit(width) ? reinterpret_cast<const uint32_t*>(saved) : nullptr;
-    if (negative_ == Rule::All && marks) {
+    if (negative_ == NegativeRule::All && marks) {
       // Of a batch that is not a whole number of panels, the last has groups of rows that there is no room for.
       const int64_t groups = P / tile_rows, rows = (a_.count + tile_rows - 1) / tile_rows;
       const uint32_t *first = marks + p * groups * words(), *last = marks + std::min(rows, (p + 1) * groups) * words();
@@ -520,7 +521,7 @@ class Mined {
       if (alone || close) pairs.push_back({i, j, pull_of(weight, y)});
       else at(r, j) += pull_of(weight, y);
     };
-    if (negative_ == Rule::All) {
+    if (negative_ == NegativeRule::All) {
       weigh_all(p, group, own, marks, strip, pairs);
       for (int64_t r = 0; r < P; ++r) {
         const auto& anchor = group.anchors[r];
@@ -614,7 +615,8 @@ class Mined {
   Problem<T> problem_;
   const Side<T>&a_, &r_;
   Pairing<T> pairing_;
-  Rule positive_, negative_;
+  PositiveRule positive_;
+  NegativeRule negative_;
   Measure measure_;
   std::vector<int64_t> class_begin_, class_end_;  // of an anchor's class among the packed references
   int64_t most_ = 0;                              // positives taken of an anchor
@@ -634,8 +636,8 @@ auto with_mined(const at::Tensor& embeddings, const at::Tensor& labels, const Op
   Side<T> anchors = side_of<T>(x, y);
   std::optional<Side<T>> others;
   if (references) others = side_of<T>(r, z);
-  return f(Mined<T>(anchors, others ? &*others : nullptr, references ? offset : 0, parse_rule(positive),
-                    parse_rule(negative), measure));
+  return f(Mined<T>(anchors, others ? &*others : nullptr, references ? offset : 0, parse_positive(positive),
+                    parse_negative(negative), measure));
 }
 
 // Triplets of a strategy that takes one negative of a pair, for `swap`: the distance of a positive and a negative is
@@ -659,24 +661,18 @@ std::array<at::Tensor, 3> listed(const Mined<T>& mined) {
 
 // The sums of anchors' triplets, measured with `swap`.
 template <typename T>
-void measure_listed(const Mined<T>& mined, const at::Tensor& embeddings, const OptionalTensor& references,
-                    const Measure& measure, std::string_view distance, typename Mined<T>::Sums& sums) {
+typename Mined<T>::Sums measure_listed(const Mined<T>& mined, const at::Tensor& embeddings,
+                                       const OptionalTensor& references, const Measure& measure,
+                                       std::string_view distance) {
   const auto [a, p, n] = listed(mined);
   const auto [losses, distances, stats] = indexed_triplet_loss_cpu(embeddings, references, a, p, n, measure.margin,
                                                                    distance, true, measure.soft_margin, "none");
   const T *loss = losses.template const_data_ptr<T>(), *d = distances.template const_data_ptr<T>();
   const int64_t count = a.size(0);
-  std::vector<bool> seen(sums.loss.size());
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t i = index_of(a)[t];
-    if (std::isnan(sums.loss[i])) continue;
-    if (!seen[i]) sums.loss[i] = sums.positive[i] = sums.negative[i] = double(sums.active[i] = 0);
-    seen[i] = true;
-    sums.loss[i] += loss[t];
-    sums.active[i] += loss[t] > 0;
-    sums.positive[i] += d[t];
-    sums.negative[i] += negative_distance_of(d[count + t], d[2 * count + t], true);
-  }
+  auto sums = mined.no_sums();
+  for (int64_t t = 0; t < count; ++t)
+    sums.add(index_of(a)[t], loss[t], d[t], negative_distance_of(d[count + t], d[2 * count + t], true));
+  return sums;
 }
 
 }  // namespace
@@ -713,31 +709,24 @@ Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labe
     const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
     const at::Tensor loss = none ? at::empty({count}, options) : at::empty({}, options);
     double sum[kSums] = {}, anchors = 0;
-    const auto add_up = [&](const auto& sums) {
-      for (int64_t i = 0; i < count; ++i) {
-        anchors += sums.triplets[i] > 0;
-        sum[kSumTriplets] += double(sums.triplets[i]);
-        sum[kSumActive] += double(sums.active[i]);
-        sum[kSumLoss] += sums.loss[i];
-        sum[kSumPositive] += sums.positive[i];
-        sum[kSumNegative] += sums.negative[i];
-        if (none) loss.mutable_data_ptr<T>()[i] = T(sums.loss[i]);
-      }
-    };
     if (count > 0)
       with_mined<T>(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
                     [&](const auto& mined) {
-                      auto sums = mined.forward(swap ? nullptr : saved.mutable_data_ptr<int32_t>(), width);
-                      if (swap) measure_listed<T>(mined, embeddings, references, measure, distance, sums);
-                      add_up(sums);
+                      const auto sums = swap ? measure_listed<T>(mined, embeddings, references, measure, distance)
+                                             : mined.forward(saved.mutable_data_ptr<int32_t>(), width);
+                      for (int64_t i = 0; i < count; ++i) {
+                        anchors += sums.triplets[i] > 0;
+                        sum[kSumTriplets] += double(sums.triplets[i]);
+                        sum[kSumActive] += double(sums.active[i]);
+                        sum[kSumLoss] += sums.loss[i];
+                        sum[kSumPositive] += sums.positive[i];
+                        sum[kSumNegative] += sums.negative[i];
+                        if (none) loss.mutable_data_ptr<T>()[i] = T(sums.loss[i]);
+                      }
                     });
     double* s = stats.mutable_data_ptr<double>();
-    s[kAnchors] = anchors;
-    s[kTriplets] = sum[kSumTriplets];
-    s[kActive] = sum[kSumActive];
-    s[kPositiveDistance] = sum[kSumPositive] / sum[kSumTriplets];
-    s[kNegativeDistance] = sum[kSumNegative] / sum[kSumTriplets];
-    if (!none) *loss.mutable_data_ptr<T>() = T(reduced(sum[kSumLoss], s, parse_reduction(reduction)));
+    write_stats(s, anchors, sum[kSumTriplets], sum[kSumActive], sum[kSumPositive], sum[kSumNegative]);
+    if (!none) *loss.mutable_data_ptr<T>() = T(sum[kSumLoss] / divisor_of(s, parse_reduction(reduction)));
     return Loss(loss, saved, stats);
   });
 }

@@ -49,12 +49,9 @@ Loss forward(TripletTask<T> task, Reduction reduction) {
     for (int i = 0; i < kSums; ++i) total[i] += sums[c * kSums + i];
 
   double* s = stats.mutable_data_ptr<double>();
-  s[kTriplets] = total[kSumTriplets];
-  s[kAnchors] = task.a ? double(distinct(task.a, count)) : total[kSumTriplets];
-  s[kActive] = total[kSumActive];
-  s[kPositiveDistance] = total[kSumPositive] / total[kSumTriplets];
-  s[kNegativeDistance] = total[kSumNegative] / total[kSumTriplets];
-  if (!none) *loss.mutable_data_ptr<T>() = T(reduced(total[kSumLoss], s, reduction));
+  write_stats(s, task.a ? double(distinct(task.a, count)) : total[kSumTriplets], total[kSumTriplets], total[kSumActive],
+              total[kSumPositive], total[kSumNegative]);
+  if (!none) *loss.mutable_data_ptr<T>() = T(total[kSumLoss] / divisor_of(s, reduction));
   return {loss, distances, stats};
 }
 

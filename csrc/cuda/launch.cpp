@@ -248,20 +248,6 @@ constexpr int64_t kMostSlots = 128;      // positives an anchor in a round of th
 constexpr int64_t kRoomBytes = 4 << 20;  // what rounds may take in all, or
 constexpr int64_t kRoomBytesEach = 64;   // an anchor, if that is more
 
-PositiveRule parse_positive(std::string_view name) {
-  if (name == "hard") return PositiveRule::Hard;
-  if (name == "easy") return PositiveRule::Easy;
-  TORCH_CHECK_VALUE(name == "all", "unknown rule for positives '", std::string(name), "'");
-  return PositiveRule::All;
-}
-
-NegativeRule parse_negative(std::string_view name) {
-  if (name == "hard") return NegativeRule::Hard;
-  if (name == "semi_hard") return NegativeRule::SemiHard;
-  TORCH_CHECK_VALUE(name == "all", "unknown rule for negatives '", std::string(name), "'");
-  return NegativeRule::All;
-}
-
 // The rows of one side in the order of their labels.
 struct OrderedSide {
   at::Tensor given, labels, order, finite, unit;

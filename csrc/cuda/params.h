@@ -119,9 +119,6 @@ constexpr int64_t kTileRows = 128, kTileChunk = 64;
 
 // --- every other strategy ---------------------------------------------------------------------------------------
 
-enum class PositiveRule : int32_t { Hard, Easy, All };
-enum class NegativeRule : int32_t { Hard, SemiHard, All };
-
 // Anchors and references are counted by their place in the order of their labels ("packed"); a class of references is
 // then a range.
 struct MinedSide {

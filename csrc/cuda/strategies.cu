@@ -153,15 +153,10 @@ __global__ void __launch_bounds__(kPairThreads, kPairBlocks<E>) mined_kernel(Min
     if (threadIdx.x == 0) result[i] = shared.total[0];  // and nobody else's next sum goes there
   }
   if (threadIdx.x != 0) return;
-  params.stats[kAnchors] = result[kSumAnchors];
-  params.stats[kTriplets] = result[kSumTriplets];
-  params.stats[kActive] = result[kSumActive];
-  params.stats[kPositiveDistance] = result[kSumPositive] / result[kSumTriplets];
-  params.stats[kNegativeDistance] = result[kSumNegative] / result[kSumTriplets];
-  double value = result[kSumLoss];
-  if (params.reduction == Reduction::Mean) value /= fmax(1.0, result[kSumTriplets]);
-  if (params.reduction == Reduction::MeanActive) value /= fmax(1.0, result[kSumActive]);
-  if (params.reduction != Reduction::None) *static_cast<T*>(params.loss) = T(value);
+  write_stats(params.stats, result[kSumAnchors], result[kSumTriplets], result[kSumActive], result[kSumPositive],
+              result[kSumNegative]);
+  if (params.reduction != Reduction::None)
+    *static_cast<T*>(params.loss) = T(result[kSumLoss] / divisor_of(params.stats, params.reduction));
 }
 
 }  // namespace

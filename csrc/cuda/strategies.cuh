@@ -265,30 +265,35 @@ struct Miner {
     }
   }
 
+  // Calls f(row of the warp, its reach, its own row among the references, packed row of the tile's first column, d of
+  // the row) for the tiles around the lanes' ranges of positives.
+  template <typename F>
+  __device__ __forceinline__ void walk_positives(int from, int to, F f) {
+    range(from, to);
+    walk(
+        from, to, [](int) { return false; },
+        [&](int tile, const T(&d)[kEach][kColumns]) {
+#pragma unroll
+          for (int r = 0; r < kEach; ++r) f(r, reach_of(r), __shfl_sync(kAllLanes, self, warp * kEach + r), tile, d[r]);
+        });
+  }
+
   // The hardest or the easiest positive of each anchor becomes its only one; d of the warp's rows.
   __device__ __forceinline__ void pick(T (&picked)[kEach], int32_t* chosen) {
     Best<T> best[kEach];
 #pragma unroll
     for (int r = 0; r < kEach; ++r) best[r] = {Best<T>::kNothing, -1};
     int from = positives > 0 ? reach.begin : kNoRow, to = positives > 0 ? reach.end : 0;
-    range(from, to);
-    walk(
-        from, to, [](int) { return false; },
-        [&](int tile, const T(&d)[kEach][kColumns]) {
+    walk_positives(from, to, [&](int r, const Reach& of, int me, int tile, const T(&d)[kColumns]) {
+      T values[kColumns];
 #pragma unroll
-          for (int r = 0; r < kEach; ++r) {
-            const Reach of = reach_of(r);
-            const int me = __shfl_sync(kAllLanes, self, warp * kEach + r);
-            T values[kColumns];
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-              const int j = tile + lane + c * kWarp;
-              const bool is = j >= of.begin && j < of.end && shared.tile.other_row[lane + c * kWarp] != me;
-              values[c] = !is ? -kInfinity : params.positive == PositiveRule::Hard ? d[r][c] : -d[r][c];
-            }
-            best[r].offer(values, tile + lane, shared.tile.other_row, params.r.order, lane);
-          }
-        });
+      for (int c = 0; c < kColumns; ++c) {
+        const int j = tile + lane + c * kWarp;
+        const bool is = j >= of.begin && j < of.end && shared.tile.other_row[lane + c * kWarp] != me;
+        values[c] = !is ? -kInfinity : params.positive == PositiveRule::Hard ? d[c] : -d[c];
+      }
+      best[r].offer(values, tile + lane, shared.tile.other_row, params.r.order, lane);
+    });
 #pragma unroll
     for (int r = 0; r < kEach; ++r) {
       picked[r] = params.positive == PositiveRule::Hard ? best[r].value : -best[r].value;
@@ -371,23 +376,15 @@ struct Miner {
 
   __device__ __forceinline__ void measure_positives(int at, int slots, int mine, Found& found) {
     int from = mine > 0 ? reach.begin + at : kNoRow, to = mine > 0 ? reach.begin + at + mine : 0;
-    range(from, to);
-    walk(
-        from, to, [](int) { return false; },
-        [&](int tile, const T(&d)[kEach][kColumns]) {
+    walk_positives(from, to, [&](int r, const Reach& of, int me, int tile, const T(&d)[kColumns]) {
 #pragma unroll
-          for (int r = 0; r < kEach; ++r) {
-            const Reach of = reach_of(r);
-            const int me = __shfl_sync(kAllLanes, self, warp * kEach + r);
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-              const int j = tile + lane + c * kWarp, k = j - of.begin - at;
-              if (k < 0 || k >= slots || j >= of.end || shared.tile.other_row[lane + c * kWarp] == me) continue;
-              shared.threshold[k][warp * kEach + r] = threshold_of(d[r][c]);
-              if (all_negatives) found.positive += double(measured(d[r][c], params.measure)) * negatives_of(of);
-            }
-          }
-        });
+      for (int c = 0; c < kColumns; ++c) {
+        const int j = tile + lane + c * kWarp, k = j - of.begin - at;
+        if (k < 0 || k >= slots || j >= of.end || shared.tile.other_row[lane + c * kWarp] == me) continue;
+        shared.threshold[k][warp * kEach + r] = threshold_of(d[c]);
+        if (all_negatives) found.positive += double(measured(d[c], params.measure)) * negatives_of(of);
+      }
+    });
   }
 
   // Better negatives than the one that is kept there.

@@ -70,10 +70,8 @@ struct BackwardShared {
 // What a change of an anchor's loss changes in the result.
 template <typename T>
 __device__ __forceinline__ T share_of(const MinedBackwardParams& params, int64_t given) {
-  T share = static_cast<const T*>(params.grad)[given * params.grad_stride];
-  if (params.reduction == Reduction::Mean) share *= T(1 / fmax(1.0, params.stats[kTriplets]));
-  if (params.reduction == Reduction::MeanActive) share *= T(1 / fmax(1.0, params.stats[kActive]));
-  return share;
+  return static_cast<const T*>(params.grad)[given * params.grad_stride] *
+         T(1 / divisor_of(params.stats, params.reduction));
 }
 
 __device__ __forceinline__ Reach reach_of(const MinedBackwardParams& params, const Entries& entries, int anchor) {

@@ -222,15 +222,10 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
     __syncthreads();  // read by all before the next sum is written
   }
   if (threadIdx.x != 0) return;
-  params.stats[kAnchors] = params.met ? result[kSums] : result[kSumTriplets];
-  params.stats[kTriplets] = result[kSumTriplets];
-  params.stats[kActive] = result[kSumActive];
-  params.stats[kPositiveDistance] = result[kSumPositive] / result[kSumTriplets];
-  params.stats[kNegativeDistance] = result[kSumNegative] / result[kSumTriplets];
-  double value = result[kSumLoss];
-  if (params.reduction == Reduction::Mean) value /= fmax(1.0, result[kSumTriplets]);
-  if (params.reduction == Reduction::MeanActive) value /= fmax(1.0, result[kSumActive]);
-  if (params.reduction != Reduction::None) *static_cast<T*>(params.loss) = T(value);
+  write_stats(params.stats, params.met ? result[kSums] : result[kSumTriplets], result[kSumTriplets], result[kSumActive],
+              result[kSumPositive], result[kSumNegative]);
+  if (params.reduction != Reduction::None)
+    *static_cast<T*>(params.loss) = T(result[kSumLoss] / divisor_of(params.stats, params.reduction));
 }
 
 // --- backward -------------------------------------------------------------------------------------------------
@@ -250,8 +245,7 @@ __device__ __forceinline__ Pulls<T> pulls_of(const TripletBackwardParams& params
   const Distances<T> d{distances[t], distances[params.count + t],
                        measure.swap ? distances[2 * params.count + t] : T(0)};
   T weight = static_cast<const T*>(params.grad)[t * params.grad_stride];
-  if (params.reduction == Reduction::Mean) weight *= T(1 / fmax(1.0, params.stats[kTriplets]));
-  if (params.reduction == Reduction::MeanActive) weight *= T(1 / fmax(1.0, params.stats[kActive]));
+  weight *= T(1 / divisor_of(params.stats, params.reduction));
   const T excess = d.ap - negative_distance_of(d.an, d.pn, measure.swap) + T(measure.margin);
   const T slope = triplet_slope_of(excess, measure) * weight, share = swapped_share_of(d.an, d.pn, measure);
   Pulls<T> pulls{slope, share == 1 ? T(0) : -slope * (1 - share), share == 0 ? T(0) : -slope * share, d, false, false,

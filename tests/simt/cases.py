@@ -223,6 +223,16 @@ def noise(rng, count, depth):
     return rng.standard_normal((count, depth))
 
 
+def mined_batch(x, y, r, z, offset, layout):
+    """The arrays of what is mined from; r and z None: the anchors themselves."""
+    arrays = matrix("anchor", x, layout) | {"labels": y}
+    if r is not None:
+        arrays |= matrix("references", r, layout) | {"reference_labels": z}
+    if r is not None and offset is not None:
+        arrays["offset"] = np.array([offset], np.int64)
+    return arrays
+
+
 def selection(
     element,
     count,
@@ -254,12 +264,8 @@ def selection(
             change(x, y)
         x = stored(x, element)
         o = Options(distance=distance)
-        arrays = options(o, element, depth) | matrix("anchor", x, layout) | {"labels": y}
-        if r is not None:
-            r = stored(r, element)
-            arrays |= matrix("references", r, layout) | {"reference_labels": z}
-            if offset is not None:
-                arrays["offset"] = np.array([offset], np.int64)
+        r = None if r is None else stored(r, element)
+        arrays = options(o, element, depth) | mined_batch(x, y, r, z, offset, layout)
         if products is not None:
             arrays["products"] = np.array([PRODUCTS.index(products)], np.int64)
             arrays["blocks"] = np.array([blocks], np.int64)
@@ -326,12 +332,8 @@ def strategy(
         if change:
             change(x, y)
         x = stored(x, element)
-        arrays = options(o, element, depth) | matrix("anchor", x, layout) | {"labels": y}
-        if r is not None:
-            r = stored(r, element)
-            arrays |= matrix("references", r, layout) | {"reference_labels": z}
-            if offset is not None:
-                arrays["offset"] = np.array([offset], np.int64)
+        r = None if r is None else stored(r, element)
+        arrays = options(o, element, depth) | mined_batch(x, y, r, z, offset, layout)
         numbers = {"rule_p": POSITIVES.index(rules[0]), "rule_n": NEGATIVES.index(rules[1]), "chunk": chunk}
         numbers |= {"saved": saved, "room": room, "blocks": blocks, "turns": turns}
         arrays |= {name: np.array([number], np.int64) for name, number in numbers.items()}
@@ -366,9 +368,8 @@ def strategy_not_finite(rules, others=0, reduction="mean", bad_anchor=True):
         r, z = (noise(rng, others, 7), rng.integers(0, 5, others)) if others else (x, y)
         (x if bad_anchor else r)[3, 0], (x if bad_anchor else r)[21, 5] = np.nan, np.inf
         o = Options(0.5, reduction=reduction)
-        arrays = options(o, "float32", 7) | matrix("anchor", stored(x, "float32")) | {"labels": y}
-        if others:
-            arrays |= matrix("references", stored(r, "float32")) | {"reference_labels": z}
+        references = (stored(r, "float32"), z) if others else (None, None)
+        arrays = options(o, "float32", 7) | mined_batch(stored(x, "float32"), y, *references, None, "plain")
         numbers = {"rule_p": POSITIVES.index(rules[0]), "rule_n": NEGATIVES.index(rules[1]), "chunk": 3}
         numbers |= {"saved": 4, "room": 2, "blocks": 2, "turns": 1 << 30}
         arrays |= {name: np.array([number], np.int64) for name, number in numbers.items()}

@@ -65,9 +65,10 @@ decltype(indexed_triplet_loss_backward_cpu) indexed_triplet_loss_backward_cuda;
 // Returns
 //   positive  [B] int64: the farthest reference of the anchor's label, -1 if there is none
 //   negative  [B] int64: the nearest reference of another label, -1 if there is none
-// ties to the lowest index, rows that are not finite before all others. On the CPU they are what float64 arithmetic
-// chooses; on CUDA what float32 does (float64 for float64), or, for large batches, what the tensor cores do in the
-// precision of torch.get_float32_matmul_precision().
+// ties to the lowest index, rows that are not finite before all others. On the CPU every selection, here and below, is
+// what float64 arithmetic chooses from the sums of squared differences of the given rows; on CUDA what float32 does
+// (float64 for float64), or, for large batches, what the tensor cores do in the precision of
+// torch.get_float32_matmul_precision().
 std::tuple<at::Tensor, at::Tensor> select_hardest_cpu(const at::Tensor& embeddings, const at::Tensor& labels,
                                                       const OptionalTensor& references,
                                                       const OptionalTensor& reference_labels,
@@ -76,8 +77,8 @@ std::tuple<at::Tensor, at::Tensor> select_hardest_cpu(const at::Tensor& embeddin
 decltype(select_hardest_cpu) select_hardest_cuda;
 
 // Every other strategy: a rule for positives ("hard", "easy", "all") and one for negatives ("hard", "semi_hard",
-// "all"); arguments as above. Distances are taken in `acc` from centred rows, and from differences where the rows are
-// close, so that equal rows tie exactly.
+// "all"); arguments as above. A chosen pair is measured in `acc` from its differences; with "all" negatives, or many
+// positives, from products of rows (on the CPU centred ones), and from differences where the rows are close.
 
 // One positive (hard or easy) and one negative (hard or semi_hard) of each anchor: [B] int64 each, -1 where there is
 // none; ties and rows that are not finite as above.

@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "convert.h"
@@ -77,6 +79,22 @@ struct Side {
   Side(Rows<T> rows, const int64_t* labels, int64_t count, int64_t depth)
       : rows(rows), labels(labels), count(count), depth(depth), finite(count) {
     panels = (count + kernels<T>().panel - 1) / kernels<T>().panel;
+  }
+
+  // Some of the rows, by packed row numbers, ascending, packed as all are.
+  Side subset(const std::vector<int64_t>& packed, double common, const std::vector<T>& centre) const {
+    Side some(rows, labels, int64_t(packed.size()), depth);
+    some.finite = finite;
+    some.scale = scale;
+    some.lack = lack;
+    some.order.resize(some.count);
+    some.klass.resize(some.count);
+    for (int64_t i = 0; i < some.count; ++i) {
+      some.order[i] = order[packed[i]];
+      some.klass[i] = klass[packed[i]];
+    }
+    some.pack(common, centre);
+    return some;
   }
 
   // Looks at every row; returns the largest |x| of those that are finite.
@@ -265,6 +283,79 @@ struct Problem {
     }
   }
 };
+
+template <typename T>
+RoundingBound rounding_bound(const Problem<T>& problem) {
+  const Side<T>&a = problem.a, &r = problem.r;
+  const int64_t depth = a.depth, chain = std::min<int64_t>(depth, kChain) + (depth + kChain - 1) / kChain;
+  RoundingBound bound;
+  bound.unit = std::numeric_limits<T>::epsilon() / 2;
+  bound.product = 2 * double(chain + 1) * bound.unit;
+  bound.rest = 16 * bound.unit;
+  bound.absolute = 4 * double(depth + 1) * std::numeric_limits<T>::min();
+  for (double norm : r.norm) bound.longest = std::max(bound.longest, norm);
+  bound.cosine = problem.cosine;
+  for (const Side<T>* side : {&a, &r})  // a scale that is subnormal in T: nothing is known about the packed row
+    for (double s : side->scale) bound.hopeless |= s < std::numeric_limits<T>::min();
+  return bound;
+}
+
+// For each row the first that equals it feature by feature, by original row numbers; itself where it isn't finite.
+template <typename T>
+std::vector<int64_t> first_equal_rows(const Side<T>& side) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  std::vector<uint64_t> hash(side.count);
+  at::parallel_for(0, side.count, std::max<int64_t>(1, (1 << 14) / (side.depth + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t k = 0; k < side.depth; ++k) {
+        Bits bits = 0;
+        const T value = side.rows.row(i)[k] + T(0);  // -0 is 0
+        std::memcpy(&bits, &value, sizeof(value));
+        hash[i] = (hash[i] ^ bits) * 0x9e3779b97f4a7c15u;
+        hash[i] ^= hash[i] >> 32;
+      }
+  });
+  std::vector<int64_t> order(side.count), first(side.count);
+  for (int64_t i = 0; i < side.count; ++i) order[i] = first[i] = i;
+  std::sort(order.begin(), order.end(),
+            [&](int64_t i, int64_t j) { return hash[i] != hash[j] ? hash[i] < hash[j] : i < j; });
+  for (int64_t from = 0, to; from < side.count; from = to) {
+    for (to = from + 1; to < side.count && hash[order[to]] == hash[order[from]];) ++to;
+    for (int64_t i = from + 1; i < to; ++i) {
+      const T* row = side.rows.row(order[i]);
+      for (int64_t j = from; j < i && side.finite[order[i]]; ++j) {
+        if (first[order[j]] != order[j] || !std::equal(row, row + side.depth, side.rows.row(order[j]))) continue;
+        first[order[i]] = order[j];
+        break;
+      }
+    }
+  }
+  return first;
+}
+
+// What measures pairs exactly: from the given rows, by original row numbers.
+template <typename T>
+Exact<T> exact_of(const Problem<T>& problem, const int64_t* order_r) {
+  const Side<T>&a = problem.a, &r = problem.r;
+  const bool cosine = problem.cosine;
+  return {a.rows,
+          r.rows,
+          a.depth,
+          cosine ? a.scale.data() : nullptr,
+          cosine ? r.scale.data() : nullptr,
+          cosine ? a.lack.data() : nullptr,
+          cosine ? r.lack.data() : nullptr,
+          order_r};
+}
+
+// The distance without a root that selections compare, in float64: of an anchor and a reference.
+template <typename T>
+double exact_distance(const Exact<T>& exact, int64_t anchor, int64_t reference) {
+  const T *x = exact.x.row(anchor), *y = exact.r.row(reference);
+  if (!exact.scale_x) return kernels<T>().exact_square(x, y, exact.depth, 1, 1);
+  const double square = kernels<T>().exact_square(x, y, exact.depth, exact.scale_x[anchor], exact.scale_r[reference]);
+  return (square + exact.lack_x[anchor] + exact.lack_r[reference]) / 2;
+}
 
 inline void check_rows(int64_t count, int64_t total) {
   constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max() - 64;  // packed row numbers have 32 bits

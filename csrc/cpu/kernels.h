@@ -43,6 +43,8 @@ struct Panels {
   int64_t depth;
 };
 constexpr int kNoGroup = -1;
+// Features whose products are added up in one chain.
+constexpr int kChain = 128;
 
 // The best value of each row, the second best, and where the best is. Values are -d/2 for the nearest and d/2
 // for the farthest, so that in both cases the largest wins. Ties need no rule: where best and second are too
@@ -82,7 +84,7 @@ template <typename T>
 struct Doubtful {
   int64_t anchor;  // original index
   Lane<T> group;
-  Lane<T> self;         // packed index of itself, or -1
+  int64_t self;         // original index of itself among the references, or -1
   T nearest, farthest;  // values from which on a reference is a candidate; infinity: not in doubt
   double negative_distance, positive_distance;  // running best, exact
   int64_t negative, positive;                   // running best, original index, -1: none
@@ -122,14 +124,42 @@ struct Excess {
   int64_t active = 0;   // triplets with a loss above 0
 };
 
-// For each threshold, the largest y below it. Beyond kFewThresholds, of those y that are not below the threshold before
-// as well.
+// How far the value v = -d/2 of a pair, as the tile engine computes it, may be from the true one: two values that
+// differ by more than error(norm, d) compare as the true ones do. From
+//     |fl(x.r) - x.r| <= (chain + 1) unit |x| |r|,
+// and for the biases, the final subtraction and the centring a few units of (|x| + |r|)^2.
+struct RoundingBound {
+  double product = 0, rest = 0, absolute = 0, unit = 0;
+  double longest = 0;  // the largest norm of a reference
+  bool cosine = false, hopeless = false;
+};
+
+// For a squared distance d from a row of that norm; the other norm is at most norm + sqrt(d).
+TRIPLET_FN double rounding_error(const RoundingBound& bound, double norm, double d) {
+  if (bound.hopeless) return std::numeric_limits<double>::infinity();
+  const double root = __builtin_sqrt(d > 0 ? d : 0);
+  const double other = norm + root < bound.longest ? norm + root : bound.longest, reach = norm + other;
+  // Scaling a row to unit length rounds it in proportion to its length, not to its distance from the centre;
+  // and what ties with the best must be looked at, too.
+  const double scaling = bound.cosine ? bound.unit * (10 * root + 32 * bound.unit) + 2 * kCosineTie : 0;
+  return 1.1 * (bound.product * norm * other + bound.rest * reach * reach + scaling) + bound.absolute;
+}
+
+// The negatives that may be the nearest one beyond each of an anchor's thresholds: a linked list for each. With few
+// thresholds, each has all of its own; beyond kFewThresholds, it has those that are not below the threshold before,
+// too. One more list, of -y, is for the farthest of all negatives, which is taken where none lies beyond.
 template <typename T>
-struct Nearest {
-  T* y;            // [count]
-  Lane<T>* index;  // [count]: packed reference, -1 none
-  T farthest;      // and the smallest of all
-  Lane<T> farthest_index;
+struct Candidates {
+  const T* certain;  // [count + 1]: what is below lies beyond the threshold, whatever rounding did
+  T* floor;          // [count + 1]: what is below is not the one: the largest value below `certain`, less its error
+  Lane<T>* head;     // [count + 1]: -1: none
+  T* value;          // [room]
+  Lane<T>* index;    // [room]: packed reference
+  Lane<T>* next;     // [room]
+  double norm;       // of the anchor
+  Lane<T> count, room;
+  Lane<T> used = 0, free = -1;  // places that were ever taken, and the list of those that are free again
+  bool crowded = false;         // there are too many: the floors are out of reach, and nothing here counts
 };
 
 // Which tiles of kTileRows anchors and one panel hold something: a bit each, `words` of 32 to kTileRows anchors.
@@ -204,22 +234,22 @@ struct Kernels {
   // The same again for up to `panel` anchors in doubt, whose rows and biases one panel holds.
   void (*settle)(const T* panel, const T* bias, const Panels<T>& b, int64_t b_panels, const Exact<T>& exact,
                  Doubtful<T>* doubtful, int count);
+  // The squared norm of x * scale_x - y * scale_y, in float64.
+  double (*exact_square)(const T* x, const T* y, int64_t depth, double scale_x, double scale_y);
 
   // y of one tile's rows, from packed row i on, and panels [begin, end): [tile rows][(end - begin) * panel].
   void (*row_distances)(const Pairing<T>& pairing, int64_t i, int64_t begin, int64_t end, T* y);
-  // The squared norm of a difference.
-  T (*squared_distance)(const T* x, const T* y, int64_t depth);
-  // One panel of anchors against panels [begin, end), negatives only. thresholds, excess, nearest: [panel]; marks and
-  // weights: of this panel of anchors.
+  // One panel of anchors against panels [begin, end), negatives only. thresholds, excess, candidates: [panel]; marks
+  // and weights: of this panel of anchors.
   //   excess   adds to `excess`, and marks the tiles with an active triplet
-  //   nearest  improves `nearest`; ties to the lowest `original`
+  //   nearest  collects `candidates`
   //   weigh    writes the tiles that are marked, but for pairs that are close, as long as there is room for these, and
   //   the
   //            sums of an anchor's weights of each threshold to `pulls` [count]
   void (*excess)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
                  bool soft, double unit, Excess* excess, Marks marks);
   void (*nearest)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
-                  const int64_t* original, Nearest<T>* nearest);
+                  const RoundingBound& bound, Candidates<T>* candidates);
   void (*weigh)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
                 bool soft, double unit, const T* weight, double* const* pulls, Marks marks, Weights<T> weights,
                 Pairs<T>* close);

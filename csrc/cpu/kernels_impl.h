@@ -311,22 +311,25 @@ TRIPLET_INLINE Simd<double>::V load_double(const double* p) { return load(p); }
 
 // The squared norm of x * scale_x - y * scale_y, in float64.
 template <typename T>
-static double exact_square(const T* x, const T* y, int64_t depth, double scale_x, double scale_y) {
+static __attribute__((noinline)) double exact_square(const T* x, const T* y, int64_t depth, double scale_x,
+                                                     double scale_y) {
   constexpr int W = kWidth<double>;
-  Simd<double>::V s0{}, s1{};
+  Simd<double>::V s0{}, s1{}, s2{}, s3{};
+  const auto difference = [=](int64_t k) { return load_double(x + k) * scale_x - load_double(y + k) * scale_y; };
   int64_t k = 0;
-  for (; k + 2 * W <= depth; k += 2 * W) {
-    const auto d0 = load_double(x + k) * scale_x - load_double(y + k) * scale_y;
-    const auto d1 = load_double(x + k + W) * scale_x - load_double(y + k + W) * scale_y;
+  for (; k + 4 * W <= depth; k += 4 * W) {
+    const auto d0 = difference(k), d1 = difference(k + W), d2 = difference(k + 2 * W), d3 = difference(k + 3 * W);
     s0 += d0 * d0;
     s1 += d1 * d1;
+    s2 += d2 * d2;
+    s3 += d3 * d3;
   }
   double rest = 0;
   for (; k < depth; ++k) {
     const double d = double(x[k]) * scale_x - double(y[k]) * scale_y;
     rest += d * d;
   }
-  return sum<double>(s0 + s1) + rest;
+  return sum<double>((s0 + s1) + (s2 + s3)) + rest;
 }
 
 template <typename T>
@@ -357,11 +360,11 @@ static void pack(const T* const* rows, const T* scale, const T* centre, int64_t 
 
 // --- the tile engine ------------------------------------------------------------------------------------------
 
-// Inner products of kTileRows packed rows at `a` with the rows of the panel at `b`, in registers. Each is one
-// chain over the features, whatever tile it falls in, so that equal rows give equal products bit by bit.
+// Inner products of kTileRows packed rows at `a` with the rows of the panel at `b`, in registers: one chain of sums
+// over the features.
 template <typename T>
-TRIPLET_INLINE void multiply(const T* a, const T* b, int64_t depth,
-                             typename Simd<T>::V (&tile)[kTileRows][kTileVectors]) {
+TRIPLET_INLINE void multiply_chain(const T* a, const T* b, int64_t depth,
+                                   typename Simd<T>::V (&tile)[kTileRows][kTileVectors]) {
   using V = typename Simd<T>::V;
 #pragma GCC unroll 8
   for (int r = 0; r < kTileRows; ++r)
@@ -377,6 +380,22 @@ TRIPLET_INLINE void multiply(const T* a, const T* b, int64_t depth,
       for (int c = 0; c < kTileVectors; ++c) tile[r][c] += a[r] * column[c];
     a += kPanel<T>;
     b += kPanel<T>;
+  }
+}
+
+// The inner products over all features, in chains of kChain, whose rounding errors are then bounded by that of kChain
+// sums. The order of the sums is the same in every tile, so that equal rows give equal products bit by bit.
+template <typename T>
+TRIPLET_INLINE void multiply(const T* a, const T* b, int64_t depth,
+                             typename Simd<T>::V (&tile)[kTileRows][kTileVectors]) {
+  multiply_chain(a, b, depth < kChain ? depth : int64_t(kChain), tile);
+  for (int64_t k = kChain; k < depth; k += kChain) {
+    typename Simd<T>::V more[kTileRows][kTileVectors];
+    multiply_chain(a + k * kPanel<T>, b + k * kPanel<T>, depth - k < kChain ? depth - k : int64_t(kChain), more);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileVectors; ++c) tile[r][c] += more[r][c];
   }
 }
 
@@ -542,8 +561,9 @@ template <typename T>
 static void consider(Doubtful<T>& row, int64_t j, T value, const Panels<T>& b, const Exact<T>& exact, bool ties) {
   const bool same = b.group[j] == row.group;
   // A row without a class is hidden from the nearest by its bias, but not from the farthest.
-  if (b.group[j] == kNoGroup || (same ? j == row.self || !(-value >= row.farthest) : !(value >= row.nearest))) return;
+  if (b.group[j] == kNoGroup || !((same ? -value : value) >= (same ? row.farthest : row.nearest))) return;
   const int64_t o = exact.order_r[j];
+  if (same && o == row.self) return;
   const T *x = exact.x.row(row.anchor), *y = exact.r.row(o);
   const double d = exact.scale_x ? (exact_square(x, y, exact.depth, exact.scale_x[row.anchor], exact.scale_r[o]) +
                                     exact.lack_x[row.anchor] + exact.lack_r[o]) /
@@ -580,7 +600,17 @@ static void settle(const T* panel, const T* bias, const Panels<T>& b, int64_t b_
           for (int l = 0; l < kWidth<T>; ++l)
             consider(doubtful[i + r], j + c * kWidth<T> + l, T(tile[r][c][l]), b, exact, ties);
     };
-    walk<T>(panel, bias, b, false, {0, 1, 0, b_panels}, [](int64_t, int64_t) {}, visit, [](int64_t) {});
+    walk<T>(
+        panel, bias, b, false, {0, 1, 0, b_panels}, [](int64_t, int64_t) {}, visit, [](int64_t) {},
+        [&](int64_t i, int64_t bp) {
+          bool wanted =
+              false;  // where only the farthest is in doubt, panels without a row of the class are not looked at
+          for (int r = 0; r < kTileRows && i + r < count; ++r) {
+            const Doubtful<T>& row = doubtful[i + r];
+            wanted |= finite(row.nearest) || (b.first[bp] <= row.group && row.group <= b.last[bp]);
+          }
+          return wanted;
+        });
   }
 }
 
@@ -588,9 +618,9 @@ static void settle(const T* panel, const T* bias, const Panels<T>& b, int64_t b_
 
 template <typename T>
 static constexpr Kernels<T> make_kernels() {
-  return {kPanel<T>,       kTileRows,          inspect<T>,          square<T>,   pack<T>,    hardest<T>,
-          settle<T>,       row_distances<T>,   squared_distance<T>, excess<T>,   nearest<T>, weigh<T>,
-          pull_anchors<T>, pull_references<T>, forward<T>,          backward<T>, gather<T>};
+  return {kPanel<T>,       kTileRows,          inspect<T>,       square<T>,   pack<T>,    hardest<T>,
+          settle<T>,       exact_square<T>,    row_distances<T>, excess<T>,   nearest<T>, weigh<T>,
+          pull_anchors<T>, pull_references<T>, forward<T>,       backward<T>, gather<T>};
 }
 
 }  // namespace

@@ -18,6 +18,8 @@
 namespace triplet_ext {
 namespace {
 
+constexpr int64_t kManyDoubts = 4;  // as many as one row in so many
+
 // Top2 of every packed row.
 template <typename T>
 struct Best {
@@ -42,31 +44,6 @@ struct Best {
     }
   }
 };
-
-// How far a computed squared distance may be from the true one.
-struct RoundingBound {
-  double relative, absolute, unit;
-  bool cosine, hopeless;
-
-  // Of a distance s from a row of that norm; the other norm is at most norm + sqrt(s).
-  double operator()(double norm, double s) const {
-    if (hopeless) return std::numeric_limits<double>::infinity();
-    const double root = std::sqrt(std::max(0.0, s)), reach = 2 * norm + root;
-    // Scaling a row to unit length rounds it in proportion to its length, not to its distance from the centre;
-    // and what ties with the best must be looked at, too.
-    const double scaling = cosine ? unit * (10 * root + 32 * unit) + 2 * kCosineTie : 0;
-    return 1.1 * (relative * reach * reach + scaling) + absolute;
-  }
-};
-
-template <typename T>
-RoundingBound rounding_bound(int64_t depth, bool cosine, bool hopeless) {
-  const double unit = std::numeric_limits<T>::epsilon() / 2;
-  // The inner product is one chain of `depth` sums: 2 (depth + 1) |x||y| <= (depth + 1) / 2 (|x| + |y|)^2 units.
-  // The rest is for the biases, the final subtraction and the centring.
-  return {(double(depth) / 2 + 16) * unit, 4 * double(depth + 1) * std::numeric_limits<T>::min(), unit, cosine,
-          hopeless};
-}
 
 template <typename T>
 struct Scan {
@@ -108,64 +85,91 @@ Scan<T> scan(const Problem<T>& problem) {
   return std::move(found[0]);
 }
 
-// Writes the winners; returns the anchors, packed and in full, for which rounding may have chosen them.
+// Anchors for which rounding may have chosen the nearest, or the farthest: packed, and in full.
 template <typename T>
-std::pair<std::vector<int64_t>, std::vector<Doubtful<T>>> certify(const Problem<T>& problem, const Scan<T>& found,
-                                                                  int64_t* positive, int64_t* negative) {
+struct Doubts {
+  std::vector<int64_t> packed;
+  std::vector<Doubtful<T>> rows;
+};
+
+// Writes the winners; returns what is in doubt.
+template <typename T>
+std::pair<Doubts<T>, Doubts<T>> certify(const Problem<T>& problem, const Scan<T>& found, int64_t* positive,
+                                        int64_t* negative) {
   const Side<T>&a = problem.a, &r = problem.r;
-  bool hopeless = false;  // a scale that is subnormal in T: nothing is known about the packed row
-  for (const Side<T>* side : {&a, &r})
-    for (double s : side->scale) hopeless |= s < std::numeric_limits<T>::min();
-  const RoundingBound bound = rounding_bound<T>(a.depth, problem.cosine, hopeless);
+  const RoundingBound bound = rounding_bound(problem);
   constexpr T kNever = std::numeric_limits<T>::infinity();
-  std::pair<std::vector<int64_t>, std::vector<Doubtful<T>>> doubts;
+  std::pair<Doubts<T>, Doubts<T>> doubts;
   for (int64_t i = 0; i < a.count; ++i) {
     const int64_t o = a.order[i];
     if (!a.finite[o]) continue;
-    Doubtful<T> row{o, a.klass[i], problem.packed_self[i], kNever, kNever, 0, 0, -1, -1};
     // The winner; and, where another may be as good, the value from which on a row may be.
     const auto winner = [&](const Top2<T>& top, T& threshold) -> int64_t {
       const double best = top.best[i], second = top.second[i];
       if (best < -kHidden / 2) return -1;
-      const double error = bound(a.norm[i], 2 * std::max(std::fabs(best), std::fabs(second)));
+      const double error = rounding_error(bound, a.norm[i], 2 * std::max(std::fabs(best), std::fabs(second)));
       if (second > -kHidden / 2 && !(best - second > error)) threshold = T(best - error);
       return r.order[top.index[i]];
     };
-    negative[o] = winner(found.nearest.view(), row.nearest);
-    positive[o] = winner(found.farthest.view(), row.farthest);
-    if (row.nearest == kNever && row.farthest == kNever) continue;
-    doubts.first.push_back(i);
-    doubts.second.push_back(row);
+    const Doubtful<T> row{o, a.klass[i], problem.self[o], kNever, kNever, 0, 0, -1, -1};
+    const auto doubt = [&](Doubts<T>& of, T Doubtful<T>::* threshold, const Top2<T>& top) {
+      Doubtful<T> here = row;
+      const int64_t chosen = winner(top, here.*threshold);
+      if (here.*threshold != kNever) {
+        of.packed.push_back(i);
+        of.rows.push_back(here);
+      }
+      return chosen;
+    };
+    negative[o] = doubt(doubts.first, &Doubtful<T>::nearest, found.nearest.view());
+    positive[o] = doubt(doubts.second, &Doubtful<T>::farthest, found.farthest.view());
   }
   return doubts;
 }
 
+// Of rows that are equal feature by feature, those that come first in the caller's order decide for all. An anchor's
+// nearest negative is the first of them, or else the first of another class; its farthest positive is the first of its
+// class, or else, where the anchor is that one itself, the second.
+template <typename T>
+std::pair<std::vector<int64_t>, std::vector<int64_t>> representatives(const Side<T>& r) {
+  const std::vector<int64_t> first = first_equal_rows(r);
+  std::vector<int64_t> other(r.count, -1), seen(r.count, -1), of_class(r.count, 0);
+  std::pair<std::vector<int64_t>, std::vector<int64_t>> packed;
+  for (int64_t o = 0; o < r.count; ++o) {
+    int64_t& second = other[first[o]];
+    const bool another = r.labels[o] != r.labels[first[o]];
+    if (first[o] == o || (second < 0 && another)) packed.first.push_back(r.place[o]);
+    if (second < 0 && another) second = o;
+  }
+  // Within a class, original order: `seen` is the class in which a group of equal rows was met last.
+  for (int64_t i = 0; i < r.count; ++i) {
+    const int64_t group = first[r.order[i]];
+    if (seen[group] != r.klass[i]) of_class[group] = 0;
+    seen[group] = r.klass[i];
+    if (++of_class[group] <= 2) packed.second.push_back(i);
+  }
+  std::sort(packed.first.begin(), packed.first.end());
+  return packed;
+}
+
 // Measures the candidates of the rows in doubt exactly, a panel of rows at a time.
 template <typename T>
-void settle(const Problem<T>& problem, const std::vector<int64_t>& packed, std::vector<Doubtful<T>>& doubtful,
+void settle(const Problem<T>& problem, Doubts<T>& doubts, const Side<T>& among, const std::vector<int64_t>& order,
             int64_t* positive, int64_t* negative) {
-  const Side<T>&a = problem.a, &r = problem.r;
-  const bool cosine = problem.cosine;
-  const Exact<T> exact{a.rows,
-                       r.rows,
-                       a.depth,
-                       cosine ? a.scale.data() : nullptr,
-                       cosine ? r.scale.data() : nullptr,
-                       cosine ? a.lack.data() : nullptr,
-                       cosine ? r.lack.data() : nullptr,
-                       r.order.data()};
-  const int64_t P = kernels<T>().panel, count = int64_t(doubtful.size());
-  const Panels<T> panels = r.view();
+  const Side<T>& a = problem.a;
+  const Exact<T> exact = exact_of(problem, order.data());
+  const int64_t P = kernels<T>().panel, count = int64_t(doubts.rows.size());
+  const Panels<T> panels = among.view();
   at::parallel_for(0, (count + P - 1) / P, 1, [&](int64_t begin, int64_t end) {
     const Buffer<T> rows(P * a.depth), bias(P);
     std::vector<double> squares(P);
     for (int64_t g = begin; g < end; ++g) {
       const int64_t n = std::min(P, count - g * P);
-      a.pack_panel(&packed[g * P], n, problem.scale, problem.centre, rows.get(), bias.get(), squares.data());
-      kernels<T>().settle(rows.get(), bias.get(), panels, r.panels, exact, &doubtful[g * P], int(n));
+      a.pack_panel(&doubts.packed[g * P], n, problem.scale, problem.centre, rows.get(), bias.get(), squares.data());
+      kernels<T>().settle(rows.get(), bias.get(), panels, among.panels, exact, &doubts.rows[g * P], int(n));
     }
   });
-  for (const Doubtful<T>& row : doubtful) {
+  for (const Doubtful<T>& row : doubts.rows) {
     if (row.negative >= 0) negative[row.anchor] = row.negative;
     if (row.positive >= 0) positive[row.anchor] = row.positive;
   }
@@ -176,8 +180,19 @@ void select(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool
             int64_t* negative) {
   const Problem<T> problem(a, references, offset, cosine, std::numeric_limits<T>::max_exponent - 2);
   const Scan<T> found = scan(problem);
-  auto [packed, doubtful] = certify(problem, found, positive, negative);
-  settle(problem, packed, doubtful, positive, negative);
+  auto [nearest, farthest] = certify(problem, found, positive, negative);
+  const Side<T>& r = problem.r;
+  if (int64_t(std::max(nearest.rows.size(), farthest.rows.size())) * kManyDoubts < a.count) {
+    settle(problem, nearest, r, r.order, positive, negative);
+    settle(problem, farthest, r, r.order, positive, negative);
+  } else {
+    // Usually because many rows are equal: compared one by one, they would cost as many exact distances as pairs.
+    const auto [of_nearest, of_farthest] = representatives(r);
+    const Side<T> few = r.subset(of_nearest, problem.scale, problem.centre);
+    settle(problem, nearest, few, few.order, positive, negative);
+    const Side<T> of_classes = r.subset(of_farthest, problem.scale, problem.centre);
+    settle(problem, farthest, of_classes, of_classes.order, positive, negative);
+  }
   select_not_finite(problem.a, problem.r, problem.self, positive, negative);
 }
 

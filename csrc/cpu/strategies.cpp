@@ -10,6 +10,8 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <deque>
+#include <mutex>
 #include <utility>
 
 #include "../ops.h"
@@ -72,7 +74,10 @@ struct Group {
   struct Anchor {
     std::vector<std::pair<T, Lane<T>>> positives;  // those taken: y ascending, and the packed reference
     std::vector<T> values, sums;                   // see Thresholds
-    std::vector<T> nearest;
+    std::vector<T> certain, floor, value;          // see Candidates
+    std::vector<Lane<T>> head, index, next;
+    std::vector<int64_t> before;  // the last threshold before each that ever had a candidate
+    std::vector<T> nearest;       // the negative of each threshold
     std::vector<Lane<T>> nearest_index;
     std::vector<double> pulls;  // on each threshold
   };
@@ -101,6 +106,10 @@ class Mined {
         a_(problem_.a),
         r_(problem_.r),
         pairing_{a_.view(), r_.view(), measure.distance == Distance::Euclidean},
+        squares_{pairing_.a, pairing_.b, false},
+        bound_(rounding_bound(problem_)),
+        exact_(exact_of(problem_, r_.order.data())),
+        tie_(problem_.cosine ? kCosineTie : 0),
         positive_(positive),
         negative_(negative),
         measure_(measure),
@@ -228,7 +237,7 @@ class Mined {
         const Strip here = strip_of(p);
         auto& alone = pairs[p - from];
         alone.clear();
-        weigh(p, group, weight, saved, width, {x.get(), r, depth}, here, alone);
+        weigh(p, group, weight, saved, width, here, alone);
         for (const Pair<T>& pair : alone)
           pull(pair.weight, x.get() + pair.i * depth, r + pair.j * depth, depth, on_x.rows.get() + pair.i * depth);
         each_block([&](int64_t begin, int64_t end) {
@@ -272,11 +281,6 @@ class Mined {
   struct Strip {
     Weights<T> weights;
     Marks marks;
-  };
-
-  struct PackedRows {
-    const T *x, *r;
-    int64_t width;
   };
 
   // The pulls on the rows of one side, without the part along the row itself, and the sums of their weights.
@@ -350,7 +354,7 @@ class Mined {
       if (begin >= end) continue;
       const int64_t first = begin / P, last = (end + P - 1) / P, stride = (last - first) * P;
       group.distances.resize(tile_rows * stride);
-      kernels<T>().row_distances(pairing_, p * P + g, first, last, group.distances.data());
+      kernels<T>().row_distances(selects() ? squares_ : pairing_, p * P + g, first, last, group.distances.data());
       for (int64_t r = g; r < g + tile_rows; ++r) {
         const int64_t i = p * P + r;
         if (!takes_part(i)) continue;
@@ -362,43 +366,74 @@ class Mined {
 
   void choose_positives(int64_t i, const T* y, typename Group<T>::Anchor& anchor) const {
     auto& taken = anchor.positives;
-    for (int64_t j = class_begin_[i]; j < class_end_[i]; ++j) {
-      if (j == problem_.packed_self[i] || r_.group.get()[j] == kNoGroup) continue;
-      if (positive_ == PositiveRule::All || taken.empty()) taken.push_back({y[j], Lane<T>(j)});
-      else if (positive_ == PositiveRule::Easy ? y[j] > taken[0].first : y[j] < taken[0].first)
-        taken[0] = {y[j], Lane<T>(j)};
-    }
+    for (int64_t j = class_begin_[i]; j < class_end_[i]; ++j)
+      if (j != problem_.packed_self[i] && r_.group.get()[j] != kNoGroup) taken.push_back({y[j], Lane<T>(j)});
+    if (positive_ == PositiveRule::All || taken.empty()) return;
+    const bool farthest = positive_ == PositiveRule::Hard;
+    T best = taken[0].first;
+    for (const auto& [y, j] : taken) best = farthest ? std::min(best, y) : std::max(best, y);
+    const double error = rounding_error(bound_, a_.norm[i], -2 * double(best));
+    std::vector<Measured> candidates;
+    for (const auto& [y, j] : taken)
+      if (!(std::fabs(double(y) - double(best)) > error)) candidates.push_back({0, r_.order[j], y, j});
+    if (candidates.size() > 1)
+      for (Measured& candidate : candidates)
+        candidate.distance = exact_distance(exact_, a_.order[i], candidate.original);
+    const Measured& chosen = extreme(candidates, farthest);
+    taken.assign(1, {negative_ == NegativeRule::All ? measured(i, chosen.index) : chosen.y, chosen.index});
   }
+
+  // Whether pairs are selected by their distance, not taken all; then distances have no root.
+  bool selects() const { return positive_ != PositiveRule::All || negative_ != NegativeRule::All; }
+
+  // A reference that may be selected.
+  struct Measured {
+    double distance;  // see exact_distance()
+    int64_t original;
+    T y;
+    Lane<T> index;
+  };
+
+  // The nearest or the farthest; of those that tie, the first.
+  const Measured& extreme(const std::vector<Measured>& candidates, bool farthest) const {
+    const double sign = farthest ? -1 : 1;
+    double best = std::numeric_limits<double>::infinity();
+    for (const Measured& candidate : candidates) best = std::min(best, sign * candidate.distance);
+    const Measured* chosen = nullptr;
+    for (const Measured& candidate : candidates)
+      if (sign * candidate.distance <= best + tie_ && (!chosen || candidate.original < chosen->original))
+        chosen = &candidate;
+    return *chosen;
+  }
+
+  // y of a pair from its differences, in float64.
+  T measured(int64_t i, int64_t j) const { return y_of(exact_distance(exact_, a_.order[i], r_.order[j])); }
 
   bool takes_part(int64_t i) const { return i < a_.count && a_.finite[a_.order[i]] && has_triplets(i); }
 
-  // The thresholds of each anchor: its positives' y plus `shift`, or, where only the nearest negative counts, infinity.
-  void set_thresholds(Group<T>& group, T shift) const {
+  // The thresholds of each anchor for all of its negatives: its positives' y, and the margin.
+  void set_thresholds(Group<T>& group) const {
+    const T shift = -T(measure_.margin / unit_);
     for (int64_t r = 0; r < panel(); ++r) {
       auto& anchor = group.anchors[r];
-      const bool nearest = negative_ == NegativeRule::Hard;
-      const int64_t count = nearest ? !anchor.positives.empty() : int64_t(anchor.positives.size());
+      const int64_t count = int64_t(anchor.positives.size());
       int64_t room = 1;
       while (room <= count) room *= 2;
       anchor.values.assign(room, std::numeric_limits<T>::infinity());
-      for (int64_t t = 0; t < count && !nearest; ++t) anchor.values[t] = anchor.positives[t].first + shift;
-      group.thresholds[r] = {anchor.values.data(), nullptr, count ? anchor.values[count / 2] : T(0), Lane<T>(count)};
-      if (negative_ != NegativeRule::All) continue;
+      for (int64_t t = 0; t < count; ++t) anchor.values[t] = anchor.positives[t].first + shift;
+      const T middle = count ? anchor.values[count / 2] : T(0);
       anchor.sums.resize(count + 1);
       double total = anchor.sums[0] = 0;
-      for (int64_t t = 0; t < count; ++t)
-        anchor.sums[t + 1] = T(total += double(anchor.values[t]) - double(group.thresholds[r].middle));
-      group.thresholds[r].sums = anchor.sums.data();
+      for (int64_t t = 0; t < count; ++t) anchor.sums[t + 1] = T(total += double(anchor.values[t]) - double(middle));
+      group.thresholds[r] = {anchor.values.data(), anchor.sums.data(), middle, Lane<T>(count)};
     }
   }
-
-  T margin_shift() const { return -T(measure_.margin / unit_); }
 
   void add_all(int64_t p, Group<T>& group, uint32_t* saved, Sums& sums) const {
     const int64_t P = panel(), groups = P / kernels<T>().tile_rows;
     std::vector<uint32_t> unsaved(saved ? 0 : groups * words());
     std::vector<Excess> excess(P);
-    set_thresholds(group, margin_shift());
+    set_thresholds(group);
     const Marks marks{saved ? saved + p * groups * words() : unsaved.data(), words()};
     each_block([&](int64_t begin, int64_t end) {
       kernels<T>().excess(pairing_, p, begin, end, group.thresholds.data(), measure_.soft_margin, unit_, excess.data(),
@@ -418,56 +453,226 @@ class Mined {
     }
   }
 
-  // The negative of each pair.
-  void choose_negatives(int64_t p, Group<T>& group) const {
-    const int64_t P = panel();
-    std::vector<Nearest<T>> found(P);
-    set_thresholds(group, T(0));
-    for (int64_t r = 0; r < P; ++r) {
+  // How far each threshold reaches, rounding considered: a negative below `values` may lie beyond the positive, and one
+  // below `certain` does. Where only the nearest negative counts, all lie beyond, and the farthest is not looked for.
+  void set_reach(int64_t p, Group<T>& group, std::vector<Candidates<T>>& candidates) const {
+    constexpr T kEverything = std::numeric_limits<T>::infinity();
+    for (int64_t r = 0; r < panel(); ++r) {
       auto& anchor = group.anchors[r];
-      const int64_t count = group.thresholds[r].count;
-      anchor.nearest.assign(count, -std::numeric_limits<T>::infinity());
-      anchor.nearest_index.assign(count, Lane<T>(-1));
-      found[r] = {anchor.nearest.data(), anchor.nearest_index.data(), std::numeric_limits<T>::infinity(), Lane<T>(-1)};
-    }
-    each_block([&](int64_t begin, int64_t end) {
-      kernels<T>().nearest(pairing_, p, begin, end, group.thresholds.data(), r_.order.data(), found.data());
-    });
-    for (int64_t r = 0; r < P; ++r) {
-      auto& anchor = group.anchors[r];
-      T best = found[r].farthest;  // where none is below the first threshold
-      Lane<T> index = -1;
-      for (size_t t = 0; t < anchor.nearest.size(); ++t) {
-        // What is below a threshold is below those after it.
-        const T y = anchor.nearest[t];
-        const Lane<T> j = anchor.nearest_index[t];
-        if (j >= 0 && (index < 0 || y > best || (y == best && r_.order[j] < r_.order[index]))) {
-          best = y;
-          index = j;
-        }
-        anchor.nearest[t] = best;
-        anchor.nearest_index[t] = index >= 0 ? index : found[r].farthest_index;
+      const int64_t i = p * panel() + r, count = negatives_sought(anchor);
+      int64_t padded = 1;
+      while (padded <= count) padded *= 2;
+      anchor.values.assign(padded, kEverything);
+      anchor.certain.assign(count + 1, kEverything);
+      for (int64_t t = 0; t < count && negative_ == NegativeRule::SemiHard; ++t) {
+        const T y = anchor.positives[t].first;
+        const double error = rounding_error(bound_, a_.norm[i], -2 * double(y));
+        anchor.values[t] = t ? std::max(anchor.values[t - 1], T(y + error)) : T(y + error);
+        anchor.certain[t] = T(y - error);
       }
+      anchor.floor.assign(count + 1, -kEverything);
+      if (negative_ == NegativeRule::Hard) anchor.floor[count] = kEverything;
+      anchor.head.assign(count + 1, Lane<T>(-1));
+      const int64_t room = 32 * std::min<int64_t>(count + 1, kFewThresholds) + 4 * count;
+      anchor.value.resize(room);
+      anchor.index.resize(room);
+      anchor.next.resize(room);
+      group.thresholds[r] = {anchor.values.data(), nullptr, T(0), Lane<T>(count)};
+      candidates[r] = {anchor.certain.data(),    anchor.floor.data(), anchor.head.data(),
+                       anchor.value.data(),      anchor.index.data(), anchor.next.data(),
+                       count ? a_.norm[i] : 0.0, Lane<T>(count),      Lane<T>(room)};
     }
   }
 
+  // How many negatives an anchor's triplets have: one for each of its positives, or one for all.
+  int64_t negatives_sought(const typename Group<T>::Anchor& anchor) const {
+    return negative_ == NegativeRule::Hard ? !anchor.positives.empty() : int64_t(anchor.positives.size());
+  }
+
+  // The negative of each pair.
+  void choose_negatives(int64_t p, Group<T>& group) const {
+    std::vector<Candidates<T>> candidates(panel());
+    set_reach(p, group, candidates);
+    each_block([&](int64_t begin, int64_t end) {
+      kernels<T>().nearest(squares_, p, begin, end, group.thresholds.data(), bound_, candidates.data());
+    });
+    std::vector<Measured> scratch;
+    for (int64_t r = 0; r < panel(); ++r) {
+      if (r + 1 < panel()) prefetch(group.anchors[r + 1]);
+      if (group.anchors[r].positives.empty()) continue;
+      settle_negatives(p * panel() + r, group.anchors[r], candidates[r].crowded, scratch);
+    }
+  }
+
+  // Decides between an anchor's candidates, exactly, and gives all of its pairs the y that they are measured by: from
+  // the differences, but for anchors of very many positives.
+  void settle_negatives(int64_t i, typename Group<T>::Anchor& anchor, bool crowded,
+                        std::vector<Measured>& candidates) const {
+    const int64_t count = negatives_sought(anchor);
+    const bool measures = int64_t(anchor.positives.size()) <= kFewThresholds;
+    anchor.nearest.assign(count, T(0));
+    anchor.nearest_index.assign(count, Lane<T>(-1));
+    anchor.before.assign(count, -1);
+    for (int64_t t = 1; t < count; ++t) anchor.before[t] = anchor.head[t - 1] >= 0 ? t - 1 : anchor.before[t - 1];
+    std::optional<Ranking> ranking;
+    if (crowded) ranking.emplace(*this, i);
+    for (int64_t t = 0; t < count; ++t) {
+      auto& positive = anchor.positives[t];
+      double beyond = -std::numeric_limits<double>::infinity();  // what the distance has to be more than
+      const auto measure_positive = [&] {
+        const double distance = exact_distance(exact_, a_.order[i], r_.order[positive.second]);
+        if (negative_ == NegativeRule::SemiHard) beyond = distance + tie_;
+        return distance;
+      };
+      candidates.clear();
+      if (!ranking) gather_candidates(i, anchor, t, candidates);
+      const bool clear = candidates.size() == 1 && candidates[0].y < anchor.certain[t];
+      if (measures) positive.first = y_of(measure_positive());
+      else if (!clear) measure_positive();
+      if (!clear || measures) measure_all(i, candidates);
+      if (!clear) keep_beyond(beyond, candidates);
+      const bool farthest = candidates.empty() && !ranking;
+      if (ranking) candidates.assign(1, ranking->nearest_beyond(beyond));
+      if (farthest) {
+        gather_farthest(anchor, candidates);
+        measure_all(i, candidates);
+      }
+      if (candidates.empty()) return;  // no negative is finite
+      const Measured& chosen = extreme(candidates, farthest);
+      anchor.nearest[t] = clear && !measures ? with_root(chosen.y) : y_of(chosen.distance);
+      anchor.nearest_index[t] = chosen.index;
+    }
+    if (measures && negative_ == NegativeRule::Hard)
+      for (size_t t = 1; t < anchor.positives.size(); ++t)
+        anchor.positives[t].first = measured(i, anchor.positives[t].second);
+    if (!measures)
+      for (auto& positive : anchor.positives) positive.first = with_root(positive.first);
+  }
+
+  // The rows that settle_negatives() will measure: they lie anywhere, and waiting for each would take most of the time.
+  void prefetch(const typename Group<T>::Anchor& anchor) const {
+    if (anchor.positives.size() > kFewThresholds) return;
+    for (const auto& positive : anchor.positives) prefetch(positive.second);
+    for (size_t t = 0; t < anchor.positives.size() && t + 1 < anchor.head.size(); ++t)
+      for (Lane<T> k = anchor.head[t]; k >= 0; k = anchor.next[k])
+        if (anchor.value[k] >= anchor.floor[t]) prefetch(anchor.index[k]);
+  }
+  void prefetch(int64_t j) const {
+    constexpr int64_t kLine = 64 / sizeof(T), kMost = 1024;
+    const T* row = r_.rows.row(r_.order[j]);
+    for (int64_t k = 0; k < std::min(r_.depth, kMost); k += kLine) __builtin_prefetch(row + k);
+  }
+
+  void measure_all(int64_t i, std::vector<Measured>& candidates) const {
+    for (Measured& c : candidates) c.distance = exact_distance(exact_, a_.order[i], c.original);
+  }
+
+  static void keep_beyond(double distance, std::vector<Measured>& candidates) {
+    const auto within = [=](const Measured& c) { return !(c.distance > distance); };
+    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), within), candidates.end());
+  }
+
+  // What may be the nearest negative beyond threshold t. Beyond kFewThresholds, what lies below the threshold before
+  // has been kept there.
+  void gather_candidates(int64_t i, const typename Group<T>::Anchor& anchor, int64_t t,
+                         std::vector<Measured>& candidates) const {
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    const bool few = anchor.certain.size() - 1 <= kFewThresholds;
+    T floor = kNone;
+    for (int64_t from = t; from >= 0; from = few ? -1 : anchor.before[from]) {
+      if (floor > kNone && anchor.values[from] <= floor) break;
+      for (Lane<T> k = anchor.head[from]; k >= 0; k = anchor.next[k]) {
+        const T y = anchor.value[k];
+        candidates.push_back({0, r_.order[anchor.index[k]], y, anchor.index[k]});
+        if (!(y < anchor.certain[t])) continue;
+        floor = std::max(floor, T(y - T(rounding_error(bound_, a_.norm[i], 2 * std::fabs(double(y))))));
+      }
+    }
+    const auto below = [=](const Measured& c) { return c.y < floor; };
+    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), below), candidates.end());
+  }
+
+  // What may be the farthest of all negatives.
+  void gather_farthest(const typename Group<T>::Anchor& anchor, std::vector<Measured>& candidates) const {
+    const size_t t = anchor.head.size() - 1;
+    for (Lane<T> k = anchor.head[t]; k >= 0; k = anchor.next[k])
+      if (anchor.value[k] >= anchor.floor[t])
+        candidates.push_back({0, r_.order[anchor.index[k]], -anchor.value[k], anchor.index[k]});
+  }
+
+  // All negatives of an anchor in order of their exact distance: for those whose negatives are so close to each other
+  // that the candidates are too many.
+  class Ranking {
+   public:
+    Ranking(const Mined& mined, int64_t i) : tie_(mined.tie_) {
+      const Side<T>& r = mined.r_;
+      std::call_once(mined.equal_once_, [&] { mined.first_equal_ = first_equal_rows(r); });
+      std::vector<double> known(r.count, std::numeric_limits<double>::quiet_NaN());
+      ranked_.reserve(r.count);
+      for (int64_t original = 0; original < r.count; ++original) {
+        const int64_t j = r.place[original];
+        if (r.group.get()[j] == kNoGroup || r.group.get()[j] == mined.a_.klass[i]) continue;
+        double& distance = known[mined.first_equal_[original]];
+        if (std::isnan(distance)) distance = exact_distance(mined.exact_, mined.a_.order[i], original);
+        ranked_.push_back({distance, original, T(0), Lane<T>(j)});
+      }
+      const auto before = [](const Measured& p, const Measured& q) { return p.distance < q.distance; };
+      if (!std::is_sorted(ranked_.begin(), ranked_.end(), before))
+        std::stable_sort(ranked_.begin(), ranked_.end(), before);
+      find_first_of_ties();
+    }
+
+    // The nearest whose distance is more than that; or else the farthest.
+    const Measured& nearest_beyond(double distance) const {
+      const auto found = std::upper_bound(ranked_.begin(), ranked_.end(), distance,
+                                          [](double d, const Measured& m) { return d < m.distance; });
+      return found != ranked_.end() ? ranked_[first_[found - ranked_.begin()]] : ranked_[farthest_];
+    }
+
+   private:
+    // For each place the lowest original of those from there on that tie with it: the minimum of a sliding window.
+    void find_first_of_ties() {
+      first_.resize(ranked_.size());
+      std::deque<int64_t> window;  // places, originals ascending from the back to the front
+      for (int64_t k = int64_t(ranked_.size()) - 1; k >= 0; --k) {
+        while (!window.empty() && ranked_[window.back()].original > ranked_[k].original) window.pop_back();
+        window.push_back(k);
+        while (ranked_[window.front()].distance > ranked_[k].distance + tie_) window.pop_front();
+        first_[k] = window.front();
+      }
+      farthest_ = int64_t(ranked_.size()) - 1;
+      for (int64_t k = farthest_ - 1; k >= 0 && ranked_[k].distance >= ranked_.back().distance - tie_; --k)
+        if (ranked_[k].original < ranked_[farthest_].original) farthest_ = k;
+    }
+
+    double tie_;
+    std::vector<Measured> ranked_;
+    std::vector<int64_t> first_;
+    int64_t farthest_ = -1;
+  };
+
+  // y of a distance as exact_distance() gives it.
+  T y_of(double distance) const {
+    if (problem_.cosine) return T(-distance);
+    return pairing_.root ? T(-std::sqrt(distance) * problem_.scale)
+                         : T(-distance * problem_.scale * problem_.scale / 2);
+  }
+
+  // y as distances are measured, from that of squares.
+  T with_root(T y) const { return pairing_.root ? -std::sqrt(std::max(T(0), -2 * y)) : y; }
+
   // The same from what the forward left in `saved`.
-  void recall_negatives(int64_t p, Group<T>& group, const int32_t* saved, int64_t width, const PackedRows& rows) const {
+  void recall_negatives(int64_t p, Group<T>& group, const int32_t* saved, int64_t width) const {
     for (int64_t r = 0; r < panel(); ++r) {
       auto& anchor = group.anchors[r];
-      const int64_t i = p * panel() + r;
-      const size_t count = negative_ == NegativeRule::Hard ? !anchor.positives.empty() : anchor.positives.size();
+      const int64_t i = p * panel() + r, count = negatives_sought(anchor);
       anchor.nearest.resize(count);
       anchor.nearest_index.resize(count);
-      const auto y_of = [&](int64_t j) -> T {
-        T square = kernels<T>().squared_distance(rows.x + i * rows.width, rows.r + j * rows.width, rows.width);
-        for (const auto& [lack, row] : {std::pair(&a_.lack, a_.order[i]), std::pair(&r_.lack, r_.order[j])})
-          if (!lack->empty()) square += T((*lack)[row]);
-        return pairing_.root ? -std::sqrt(square) : -square / 2;
-      };
-      for (size_t t = 0; t < count; ++t)
-        anchor.nearest[t] = y_of(anchor.nearest_index[t] = saved[i * width + int64_t(t)]);
-      for (auto& [y, j] : anchor.positives) y = y_of(j);  // alike, so that what ties there ties here
+      for (const auto& positive : anchor.positives) prefetch(positive.second);
+      for (int64_t t = 0; t < count; ++t) prefetch(saved[i * width + t]);
+      for (int64_t t = 0; t < count; ++t)
+        anchor.nearest[t] = measured(i, anchor.nearest_index[t] = Lane<T>(saved[i * width + t]));
+      for (auto& [y, j] : anchor.positives) y = measured(i, j);  // alike, so that what ties there ties here
     }
   }
 
@@ -494,7 +699,7 @@ class Mined {
 
   // The weights of a panel of anchors.
   void weigh(int64_t p, Group<T>& group, const Weight<T>& weight, const int32_t* saved, int64_t width,
-             const PackedRows& rows, const Strip& strip, std::vector<Pair<T>>& pairs) const {
+             const Strip& strip, std::vector<Pair<T>>& pairs) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, tile = P * tile_rows;
     const uint32_t* marks = marks_fit(width) ? reinterpret_cast<const uint32_t*>(saved) : nullptr;
     if (negative_ == NegativeRule::All && marks) {
@@ -545,7 +750,7 @@ class Mined {
       }
       return;
     }
-    if (negatives_fit(width)) recall_negatives(p, group, saved, width, rows);
+    if (negatives_fit(width)) recall_negatives(p, group, saved, width);
     else choose_negatives(p, group);
     each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
       const T slope = triplet_slope_of(T((neg.y - pos.y) * unit_ + measure_.margin), measure_);
@@ -561,7 +766,7 @@ class Mined {
   void weigh_all(int64_t p, Group<T>& group, const std::vector<T>& own, const uint32_t* saved, const Strip& strip,
                  std::vector<Pair<T>>& close) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, groups = P / tile_rows;
-    set_thresholds(group, margin_shift());
+    set_thresholds(group);
     std::vector<double*> pulls(P);
     for (int64_t r = 0; r < P; ++r) {
       auto& anchor = group.anchors[r];
@@ -614,7 +819,12 @@ class Mined {
 
   Problem<T> problem_;
   const Side<T>&a_, &r_;
-  Pairing<T> pairing_;
+  Pairing<T> pairing_, squares_;  // as distances are measured, and without a root, as they are compared
+  RoundingBound bound_;
+  Exact<T> exact_;
+  double tie_;
+  mutable std::once_flag equal_once_;
+  mutable std::vector<int64_t> first_equal_;
   PositiveRule positive_;
   NegativeRule negative_;
   Measure measure_;

@@ -150,14 +150,6 @@ static void row_distances(const Pairing<T>& pairing, int64_t i, int64_t begin, i
       [](int64_t) {}, [i](int64_t row, int64_t) { return row == i; });
 }
 
-template <typename T>
-static T squared_distance(const T* x, const T* y, int64_t depth) {
-  return sum_over(x, y, depth, [](auto a, auto b) {
-    const auto d = a - b;
-    return d * d;
-  });
-}
-
 // Walks one panel of anchors that have thresholds: visit(tile, first row within the panel, panel of b, whether there
 // are others than negatives), with y of negatives.
 template <typename T, typename Begin, typename Visit, typename End, typename Wanted = Always>
@@ -271,60 +263,83 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
   walk_negatives<T>(pairing, panel, begin_panel, end_panel, thresholds, begin, visit, end);
 }
 
-// Of two references at the same distance, the caller's first.
+// Frees the places of candidates that have fallen below their floor; where that helps little, gives up.
 template <typename T>
-TRIPLET_INLINE bool comes_before(Lane<T> j, Lane<T> other, const int64_t* original) {
-  return other < 0 || original[j] < original[other];
+static void drop_candidates(Candidates<T>& own) {
+  Lane<T> freed = 0;
+  for (Lane<T> p = 0; p <= own.count; ++p)
+    for (Lane<T>* link = own.head + p; *link >= 0;) {
+      const Lane<T> place = *link;
+      if (own.value[place] >= own.floor[p]) {
+        link = own.next + place;
+        continue;
+      }
+      *link = own.next[place];
+      own.next[place] = own.free;
+      own.free = place;
+      ++freed;
+    }
+  own.crowded = freed <= own.room / 8;
+  for (Lane<T> p = 0; own.crowded && p <= own.count; ++p) own.floor[p] = std::numeric_limits<T>::infinity();
+}
+
+// One more candidate of threshold p; p = count: of the farthest.
+template <typename T>
+static __attribute__((noinline)) void add_candidate(Candidates<T>& own, Lane<T> p, T value, Lane<T> j,
+                                                    const RoundingBound& bound) {
+  if (value < own.certain[p]) {
+    const T floor = T(value - T(rounding_error(bound, own.norm, 2 * __builtin_fabs(value))));
+    own.floor[p] = floor > own.floor[p] ? floor : own.floor[p];
+  }
+  if (own.used == own.room && own.free < 0) drop_candidates(own);
+  if (own.crowded) return;
+  const Lane<T> place = own.free < 0 ? own.used++ : own.free;
+  if (place == own.free) own.free = own.next[place];
+  own.value[place] = value;
+  own.index[place] = j;
+  own.next[place] = own.head[p];
+  own.head[p] = place;
 }
 
 template <typename T>
 static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
-                    const Thresholds<T>* thresholds, const int64_t* original, Nearest<T>* nearest) {
+                    const Thresholds<T>* thresholds, const RoundingBound& bound, Candidates<T>* candidates) {
   using V = typename Simd<T>::V;
   using M = typename Simd<T>::M;
   constexpr int P = kPanel<T>, W = kWidth<T>;
-  const auto offer = [original](T y, Lane<T> j, T& best, Lane<T>& index) {
-    if (y < best || (y == best && !comes_before<T>(j, index, original))) return;
-    best = y;
-    index = j;
-  };
   const auto visit = [&](V(&tile)[kTileRows][kTileVectors], int64_t i, int64_t bp, bool) {
-    // Few thresholds: what is no better than all that is known needs no index, and almost nothing is.
-    M better[kTileRows][kTileVectors], some{};
+    // Almost nothing is a candidate, once the nearest and the farthest are about known.
+    M candidate[kTileRows][kTileVectors], some{};
     for (int r = 0; r < kTileRows; ++r) {
       const Thresholds<T>& own = thresholds[i + r];
-      const Nearest<T>& known = nearest[i + r];
-      for (int c = 0; c < kTileVectors; ++c) better[r][c] = M{};
+      for (int c = 0; c < kTileVectors; ++c) candidate[r][c] = M{};
       if (!own.count) continue;
+      const T* floor = candidates[i + r].floor;
 #pragma GCC unroll 4
-      for (int c = 0; c < kTileVectors; ++c) better[r][c] = tile[r][c] <= known.farthest;
+      for (int c = 0; c < kTileVectors; ++c) candidate[r][c] = tile[r][c] <= -floor[own.count];
       for (Lane<T> p = 0; own.count <= kFewThresholds && p < own.count; ++p)
 #pragma GCC unroll 4
         for (int c = 0; c < kTileVectors; ++c)
-          better[r][c] |= (tile[r][c] < own.values[p]) & (tile[r][c] >= known.y[p]);
-      for (int c = 0; c < kTileVectors; ++c) some |= better[r][c];
+          candidate[r][c] |= (tile[r][c] < own.values[p]) & (tile[r][c] >= floor[p]);
+      for (int c = 0; c < kTileVectors; ++c) some |= candidate[r][c];
     }
     for (int r = 0; any(some) && r < kTileRows; ++r)
       for (int c = 0; c < kTileVectors; ++c) {
-        if (!any(better[r][c])) continue;
+        if (!any(candidate[r][c])) continue;
         const Thresholds<T>& own = thresholds[i + r];
-        Nearest<T>& known = nearest[i + r];
+        Candidates<T>& of = candidates[i + r];
         for (int l = 0; l < W; ++l) {
-          if (!better[r][c][l]) continue;
+          if (!candidate[r][c][l]) continue;
           const T y = tile[r][c][l];
           const Lane<T> j = Lane<T>(bp * P + c * W + l);
-          if (y < known.farthest || (y == known.farthest && comes_before<T>(j, known.farthest_index, original))) {
-            known.farthest = y;
-            known.farthest_index = j;
-          }
           for (Lane<T> p = 0; own.count <= kFewThresholds && p < own.count; ++p)
-            if (y < own.values[p]) offer(y, j, known.y[p], known.index[p]);
+            if (y < own.values[p] && y >= of.floor[p]) add_candidate(of, p, y, j, bound);
+          if (-y >= of.floor[own.count]) add_candidate(of, own.count, -y, j, bound);
         }
       }
-    // Many: to each its place between them.
+    // Many thresholds: to each negative its place between them.
     for (int r = 0; r < kTileRows; ++r) {
       const Thresholds<T>& own = thresholds[i + r];
-      Nearest<T>& known = nearest[i + r];
       for (int c = 0; own.count > kFewThresholds && c < kTileVectors; ++c) {
         if (!any(tile[r][c] < own.values[own.count - 1])) continue;
         T y[W];
@@ -332,8 +347,8 @@ static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_pane
         store(y, tile[r][c]);
         count_below<true>(own, y, from);
         for (int l = 0; l < W; ++l)
-          if (from[l] < own.count && y[l] == y[l])
-            offer(y[l], Lane<T>(bp * P + c * W + l), known.y[from[l]], known.index[from[l]]);
+          if (from[l] < own.count && y[l] >= candidates[i + r].floor[from[l]])
+            add_candidate(candidates[i + r], from[l], y[l], Lane<T>(bp * P + c * W + l), bound);
       }
     }
   };

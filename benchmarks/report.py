@@ -40,8 +40,9 @@ def replace_between_markers(text: str, block: str) -> str:
     return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def _table(head: list[str], rows: list[list[str]], names: int = 1) -> str:
+    """The first ``names`` columns are text, the others numbers."""
+    lines = [head, ["---"] * names + ["---:"] * (len(head) - names), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -180,7 +181,7 @@ def summary(results: dict[str, Any], before: str, plot: str = "") -> str:
         for name in SHOWN
         if records.side_ms(name, "ours", "both")
     ]
-    table = _table(["on", "mining, B × D", "triplet_ext", *BESIDE.values()], rows)
+    table = _table(["on", "mining, B × D", "triplet_ext", *BESIDE.values()], rows, names=2)
     kept = [line for line in before.splitlines() if line.startswith("| ") and not line.startswith(f"| {device} |")]
     parts = ["\n".join([table, *kept[2:]]), f"{device}: {_where(results)}."]
     return "\n\n".join(parts + ([_picture(records, plot)] if plot else []))

@@ -121,6 +121,25 @@ def test_the_sampler():
     assert sampler.epoch == state["epoch"] + 1
 
 
+# --- what the README says of distances and margins ------------------------------------------------------------
+
+
+def test_the_cosine_distance_of_unit_rows_halves_margin_and_loss():
+    rows, labels = tensors()
+    x = torch.nn.functional.normalize(rows["embeddings"].detach())
+    squared = triplet_ext.TripletLoss(0.4)(x, labels["labels"])
+    assert squared > 0.4 and torch.cdist(x, x).square().max() <= 4 + 1e-9
+    torch.testing.assert_close(triplet_ext.TripletLoss(0.2, distance="cosine")(x, labels["labels"]), squared / 2)
+
+
+def test_a_collapsed_batch_has_the_margin_as_its_loss():
+    x, y = torch.ones(12, 4), torch.arange(12) % 3
+    for mining in ("batch_hard", "semi_hard", "batch_all"):
+        assert triplet_ext.TripletLoss(0.25, mining=mining)(x, y) == 0.25
+    soft = triplet_ext.TripletLoss(0, distance="euclidean", soft_margin=True)(x, y)
+    assert float(soft) == pytest.approx(math.log(2)) and "log 2 = 0.693" in DOCUMENTS["README.md"]
+
+
 # --- errors ---------------------------------------------------------------------------------------------------
 
 

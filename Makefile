@@ -5,7 +5,7 @@
 #   make test        build, and run every test
 #   make simt        the CUDA kernels on the CPU, every rule of CUDA checked (part of make test)
 #   make simt-mutants  takes each barrier and wait out of them: is it missed?
-#   make bench       the benchmarks; writes benchmarks/results/ and the table in README.md
+#   make bench       the benchmarks; writes benchmarks/results/ and the tables in README.md and docs/benchmarks.md
 #   make bench-quick the same in two minutes, writing nothing
 #   make cuda-check  the CUDA kernels compiled without a GPU: no warning, no spill, and the tables of docs/kernels.md
 #   make gpu-report  where a GPU and torch are: builds in place, tests, measures; writes OUT=benchmarks/results

@@ -30,14 +30,19 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         " stood there; default: the newest of results/",
     )
     parser.add_argument("--output", metavar="DIR", type=Path, help=f"write here; a full run's default: {RESULTS.name}/")
-    parser.add_argument("--readme", metavar="FILE", type=Path, help="whose table to replace; default: README.md")
+    parser.add_argument(
+        "--documents",
+        metavar="DIR",
+        type=Path,
+        help="where README.md and docs/benchmarks.md are whose tables to replace; default: this repository",
+    )
     parser.add_argument(
         "--table",
         metavar="JSON",
         nargs="?",
         type=Path,
         const=RESULTS,
-        help="measure nothing: make table, page and plot from this file; default: the newest of results/",
+        help="measure nothing: make tables, page and plot from this file; default: the newest of results/",
     )
     return parser.parse_args(argv)
 
@@ -52,8 +57,8 @@ def _installed_first() -> None:
 def main(argv: list[str] | None = None) -> int:
     options = _arguments(argv)
     if options.table:
-        path = _newest(options.table) if options.table.is_dir() else options.table
-        _render(json.loads(path.read_text()), path, options.readme or ROOT / "README.md")
+        path = newest(options.table) if options.table.is_dir() else options.table
+        _render(json.loads(path.read_text()), path, options.documents or ROOT)
         return 0
 
     _installed_first()
@@ -66,11 +71,11 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     results = measure.run(plan, lambda line: print(line, flush=True))
     if options.into:
-        path = _newest(options.into) if options.into.is_dir() else options.into
+        path = newest(options.into) if options.into.is_dir() else options.into
         results = merged(json.loads(path.read_text()), results)
         path.write_text(dumps(results))
         print(f"\nwrote {path}")
-        _render(results, path, options.readme or (ROOT / "README.md" if path.parent == RESULTS else None))
+        _render(results, path, options.documents or (ROOT if path.parent == RESULTS else None))
         print("\n" + report.goals(results))
         return 0
     folder = options.output or (RESULTS if whole else None)
@@ -82,8 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         path = folder / (machine.name_of(results["device"], details["cpu"], details["cores"]) + ".json")
         path.write_text(dumps(results))
         print(f"\nwrote {path}")
-        readme = options.readme or (ROOT / "README.md" if whole and not options.output else None)
-        _render(results, path, readme)
+        _render(results, path, options.documents or (ROOT if whole and not options.output else None))
     if whole:
         print("\n" + report.goals(results))
     return 0
@@ -108,29 +112,43 @@ def merged(whole: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def _newest(folder: Path) -> Path:
+def newest(folder: Path) -> Path:
     found = sorted(folder.glob("cpu*.json"), key=lambda path: json.loads(path.read_text())["date"])
     if not found:
         raise SystemExit(f"{folder} holds no results yet: run python -m benchmarks")
     return found[-1]
 
 
-def _render(results: dict[str, Any], path: Path, readme: Path | None) -> None:
-    """The page and the plot beside the JSON, and the table of the README."""
+def _render(results: dict[str, Any], path: Path, documents: Path | None) -> None:
+    """The page and the plot beside the JSON, and the tables of README.md and docs/benchmarks.md."""
     picture = path.with_suffix(".png")
     try:
         plot.draw(results, picture)
     except ImportError as error:
         print(f"note: no plot: {error}")
-    shown = picture.exists()
-    path.with_suffix(".md").write_text(report.page(results, picture.name if shown else ""))
-    if readme:
-        where = Path(os.path.relpath(picture, readme.resolve().parent)).as_posix()
+    path.with_suffix(".md").write_text(report.page(results, picture.name if picture.exists() else ""))
+    if documents:
+        for document, text in rendered(results, documents, picture).items():
+            document.write_text(text)
+            print(f"wrote the tables of {document}")
+
+
+def rendered(results: dict[str, Any], documents: Path, picture: Path) -> dict[Path, str]:
+    """The documents with the tables of a run, and with its picture where there is one."""
+    makers = {
+        documents / "README.md": report.summary,
+        documents / "docs" / "benchmarks.md": lambda results, before, plot: report.block(results, plot),
+    }
+    texts = {}
+    for document, make in makers.items():
+        where = Path(os.path.relpath(picture.resolve(), document.resolve().parent)).as_posix()
         try:
-            report.update(readme, report.block(results, where if shown else ""))
+            text = document.read_text()
+            made = make(results, report.between_markers(text), where if picture.exists() else "")
         except (OSError, ValueError) as error:
-            raise SystemExit(f"{readme}: {error}") from None
-        print(f"wrote the table of {readme}")
+            raise SystemExit(f"{document}: {error}") from None
+        texts[document] = report.replace_between_markers(text, made)
+    return texts
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Markdown from the JSON of a run: the table of the README, and a page with everything."""
+"""Markdown from the JSON of a run: the README's table, those of docs/benchmarks.md, and a page with everything."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from .cases import EXPLICIT, MINED, PER_CLASS, STRATEGIES
@@ -12,21 +11,38 @@ from .records import Records
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
+# What the README shows of a run: its cases, and the sides beside ours with the heads of their columns.
+SHOWN = (
+    *(f"batch_hard-{batch}x128" for batch in (128, 1024, 4096, 16384)),
+    "semi_hard-4096x128",
+    "batch_all-4096x128",
+    "batch_all-4096x128-2classes",
+)
+BESIDE = {
+    "mm": "`torch.mm(x, x.T)` alone",
+    "eager_mm": "eager PyTorch",
+    "pytorch_metric_learning": "pytorch-metric-learning",
+    "sentence_transformers": "sentence-transformers",
+}
+
+
+def between_markers(text: str) -> str:
+    """What is between the markers. ValueError unless each is there once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the file must contain {BEGIN} and, after it, {END}, once each")
+    return text.split(BEGIN)[1].split(END)[0]
+
 
 def replace_between_markers(text: str, block: str) -> str:
     """``text`` with ``block`` between the markers, which stay. ValueError unless each is there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file must contain {BEGIN} and, after it, {END}, once each")
+    between_markers(text)
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
 
 
-def update(readme: Path, block: str) -> None:
-    readme.write_text(replace_between_markers(readme.read_text(), block))
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def _table(head: list[str], rows: list[list[str]], names: int = 1) -> str:
+    """The first ``names`` columns are text, the others numbers."""
+    lines = [head, ["---"] * names + ["---:"] * (len(head) - names), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -147,8 +163,37 @@ def _section(title: str, *tables: str) -> list[str]:
     return [title, *tables] if any(tables) else []
 
 
+def _measured(records: Records, case: str, side: str) -> str:
+    """Time and memory of a side, as a cell."""
+    ms, extra = records.side_ms(case, side, "both"), records.extra_bytes(case, side)
+    if ms is None:
+        return _absent(records.why_no_time(case, side))
+    return f"{_digits(ms['median'])} ms" + (f", {_megabytes(records, case, side)} MB" if extra is not None else "")
+
+
+def summary(results: dict[str, Any], before: str, plot: str = "") -> str:
+    """The README's table, whose rows of other devices than this run's are kept from ``before``, what stood there."""
+    records, device = Records(results), results["device"].upper()
+    cases = {case["name"]: case for case in records.cases(*MINED)}
+    rows = [
+        [device, f"{cases[name]['family']}, {_size(cases[name])}"]
+        + [_measured(records, name, side) for side in ("ours", *BESIDE)]
+        for name in SHOWN
+        if records.side_ms(name, "ours", "both")
+    ]
+    table = _table(["on", "mining, B × D", "triplet_ext", *BESIDE.values()], rows, names=2)
+    kept = [line for line in before.splitlines() if line.startswith("| ") and not line.startswith(f"| {device} |")]
+    parts = ["\n".join([table, *kept[2:]]), f"{device}: {_where(results)}."]
+    return "\n\n".join(parts + ([_picture(records, plot)] if plot else []))
+
+
+def _picture(records: Records, plot: str) -> str:
+    strategies = "; the time of each strategy" if records.cases(*STRATEGIES) else ""
+    return f"![Time and extra memory of batch-hard against the batch size{strategies}]({plot})"
+
+
 def block(results: dict[str, Any], plot: str = "") -> str:
-    """The block for the README; ``plot`` is the path of the picture, as the README sees it."""
+    """All tables; ``plot`` is the path of the picture, as the document sees it."""
     records = Records(results)
     kept = results.get("freed_memory_is_kept")
     parts = [
@@ -165,7 +210,7 @@ def block(results: dict[str, Any], plot: str = "") -> str:
         ),
         *_section("**Given triplets:**", _explicit(records)),
         *_section(
-            "**Extra peak memory, MB** (gradients included, inputs not):",
+            "**Extra peak memory, MB of 2²⁰ bytes** (gradients included, inputs not):",
             _memory(records, True),
             _memory(records, False),
         ),
@@ -173,8 +218,7 @@ def block(results: dict[str, Any], plot: str = "") -> str:
     if (ms := records.import_ms()) is not None:
         parts.append(f"`import triplet_ext` adds {_digits(ms)} ms to `import torch`.")
     if plot:
-        strategies = "; the time of each strategy" if records.cases(*STRATEGIES) else ""
-        parts.append(f"![Time and extra memory of batch-hard against the batch size{strategies}]({plot})")
+        parts.append(_picture(records, plot))
     return "\n\n".join(filter(None, parts))
 
 

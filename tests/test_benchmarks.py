@@ -14,7 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: an installed triplet_ext goes first
 
 from benchmarks import agree, goals, machine, measure, memory, report, sides, timing  # noqa: E402
-from benchmarks.__main__ import dumps, main  # noqa: E402
+from benchmarks.__main__ import dumps, main, newest, rendered  # noqa: E402
 from benchmarks.cases import FULL, MEMORY_FULL, QUICK, STRATEGIES, Case  # noqa: E402
 from benchmarks.data import inputs, rotation  # noqa: E402
 from benchmarks.records import Records  # noqa: E402
@@ -333,21 +333,63 @@ def test_markers():
             report.replace_between_markers(wrong, "new")
 
 
-def test_table_is_made_again_from_json(tmp_path, capsys):
-    saved, readme = tmp_path / "results" / "cpu.json", tmp_path / "README.md"
+def documents(folder):
+    """A README and a docs/benchmarks.md, each with markers."""
+    for path in (folder / "README.md", folder / "docs" / "benchmarks.md"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    return folder / "README.md", folder / "docs" / "benchmarks.md"
+
+
+def test_tables_are_made_again_from_json(tmp_path, capsys):
+    saved = tmp_path / "results" / "cpu.json"
     saved.parent.mkdir()
     saved.write_text(dumps(_results()))
     assert json.loads(saved.read_text()) == _results()
-    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
-    assert main(["--table", str(saved), "--readme", str(readme)]) == 0
-    first = readme.read_text()
-    assert first.startswith("before\n") and first.endswith("after\n") and "| 4096 × 128 |" in first
-    assert main(["--table", str(saved.parent), "--readme", str(readme)]) == 0
-    assert readme.read_text() == first
+    both = documents(tmp_path)
+    assert main(["--table", str(saved), "--documents", str(tmp_path)]) == 0
+    first = [path.read_text() for path in both]
+    for text, row in zip(first, ("| CPU | batch_hard, 4096 × 128 |", "| 4096 × 128 |")):
+        assert text.startswith("before\n") and text.endswith("after\n") and row in text
+    if saved.with_suffix(".png").exists():  # where there is matplotlib
+        assert "](results/cpu.png)" in first[0] and "](../results/cpu.png)" in first[1]
+    assert main(["--table", str(saved.parent), "--documents", str(tmp_path)]) == 0
+    assert [path.read_text() for path in both] == first
     assert saved.with_suffix(".md").exists()
-    readme.write_text("no markers")
-    with pytest.raises(SystemExit, match="must contain <!-- benchmarks:begin -->"):
-        main(["--table", str(saved), "--readme", str(readme)])
+    for path in both:
+        before = path.read_text()
+        path.write_text("no markers")
+        with pytest.raises(SystemExit, match=f"{path.name}: the file must contain <!-- benchmarks:begin -->"):
+            main(["--table", str(saved), "--documents", str(tmp_path)])
+        path.write_text(before)
+
+
+def test_the_readme_keeps_the_rows_of_other_devices():
+    head = "| on | mining | ... |\n| --- | ---: | ---: |\n"
+    before = head + "| CPU | batch_hard, 9 × 9 | 1 ms |\n| H100 | batch_hard, 8 × 8 | 2 ms |\n\nCPU: an old one.\n"
+    text = report.summary(_results(), before, "x.png")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert [row[:2] for row in rows[2:]] == [
+        ["CPU", "batch_hard, 4096 × 128"],
+        ["CPU", "batch_all, 4096 × 128"],
+        ["CPU", "batch_all, 4096 × 128, 2 classes"],
+        ["H100", "batch_hard, 8 × 8"],
+    ]
+    assert rows[2][2:] == ["2 ms", "5 ms", "40 ms", "–", "–"]
+    assert "CPU: A CPU, 2 threads" in text and "an old one" not in text and text.endswith("(x.png)")
+    assert report.summary(_results(), text, "x.png") == text
+    weighed = _results()
+    weighed["memory"].append(
+        {"case": Case("batch_hard", 4096, 128).to_json(), "side": "mm", "title": "MM", "bytes": 5e7}
+    )
+    assert "| 2 ms | 5 ms, 48 MB | 40 ms |" in report.summary(weighed, "")
+
+
+def test_the_documents_show_the_newest_results():
+    root = Path(__file__).parents[1]
+    path = newest(root / "benchmarks" / "results")
+    for document, text in rendered(json.loads(path.read_text()), root, path.with_suffix(".png")).items():
+        assert document.read_text() == text, f"{document.name}: python -m benchmarks --table"
 
 
 def test_plot(tmp_path):
@@ -404,10 +446,11 @@ def test_smoke(tmp_path, capsys, monkeypatch):
     semi_hard = replace(SMALL, family="semi_hard")  # whose peer is compared in float64
     plan = measure.Plan("quick", [SMALL, semi_hard], [], timing.Budget(0.01, 1, 3), 1, 0.0)
     monkeypatch.setitem(measure.PLANS, "quick", plan)
-    readme = Path(__file__).parents[1] / "README.md"
-    before = readme.read_text()
+    root = Path(__file__).parents[1]
+    shown = [root / "README.md", root / "docs" / "benchmarks.md"]
+    before = [path.read_text() for path in shown]
     assert main(["--quick", "--output", str(tmp_path)]) == 0
-    assert readme.read_text() == before
+    assert [path.read_text() for path in shown] == before
     assert "at most" not in capsys.readouterr().out  # nothing is judged
     (saved,) = tmp_path.glob("*.json")
     results = json.loads(saved.read_text())

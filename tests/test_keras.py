@@ -14,7 +14,8 @@ import triplet_ext
 from triplet_ext import functional
 
 PACKAGE = pathlib.Path(triplet_ext.__file__).parent
-EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "keras_digits.py"
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "keras_digits.py"
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,15 @@ def test_training(rng, keras, triplet_loss, how):
     plain, same = histories
     assert same[-1] < 0.8 * same[0] and all(b < a for a, b in zip(same[:-1], same[1:]))
     np.testing.assert_allclose(same, plain, rtol=1e-4)
+
+
+def test_the_snippet_of_the_documents(rng, keras, triplet_loss):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "keras.md").read_text(), re.S)
+    x, y = batch(rng)
+    space = {"model": network(keras), "triplets": x, "labels": y}
+    exec(snippet, space)
+    assert space["triplet_loss"] is triplet_loss and space["model"].loss is triplet_loss
+    assert any((a != b).any() for a, b in zip(space["model"].get_weights(), network(keras).get_weights()))
 
 
 def test_the_mean_of_the_losses(rng, keras, triplet_loss):

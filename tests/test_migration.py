@@ -1,4 +1,4 @@
-"""README's "Replacing other losses": each row beside the library that it names, values and gradients."""
+"""docs/migration.md: each row beside the library that it names, values and gradients."""
 
 import re
 import sys
@@ -15,9 +15,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: an installed 
 
 from benchmarks import sides  # noqa: E402
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README.split("## Replacing other losses\n")[1].split("\n## ")[0]
-CELLS = [line.strip("| ").split(" | ") for line in SECTION.splitlines() if line.startswith("| ")][1:]
+ROOT = Path(__file__).parents[1]
+HEAD, RULE, *LINES = [line for line in (ROOT / "docs" / "migration.md").read_text().splitlines() if line[:1] == "|"]
+CELLS = [line.strip("| ").split(" | ") for line in LINES]
 ROWS = {cells[0]: cells[1] for cells in CELLS}
 
 M, WIDER = 0.3, 0.5  # the loss's margin, and a miner's
@@ -85,6 +85,13 @@ ELSEWHERE = [row("torch.nn.TripletMarginLoss"), row("a Keras loss")]  # test_tor
 
 def test_every_row_is_verified():
     assert set(ROWS) == {*PEERS, EXPLICIT, RULES, *TENSORFLOW, *ELSEWHERE} and len(ROWS) == len(CELLS)
+
+
+def test_the_readme_shows_some_of_these_rows():
+    section = (ROOT / "README.md").read_text().split("## Coming from another library\n")[1].split("\n## ")[0]
+    head, rule, *lines = [line for line in section.splitlines() if line[:1] == "|"]
+    assert [head, rule] == [HEAD, RULE] and lines
+    assert [line for line in LINES if line in lines] == lines, "each as it stands there, in that order"
 
 
 def batch(pulled=1.5):

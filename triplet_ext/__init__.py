@@ -1,4 +1,4 @@
-"""The triplet loss with online mining: exact, in linear memory, as a drop-in ``torch.nn.Module``."""
+"""The triplet loss with online mining, in memory that grows with the batch and not with its square."""
 
 __version__ = "0.1.0"
 

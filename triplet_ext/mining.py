@@ -77,10 +77,10 @@ def mine(
 ) -> Triplets:
     """The triplets that a strategy takes from a batch, in ascending order of the anchor.
 
-    Ties go to the lowest index. On the CPU the selection of batch-hard is exact: what float64 arithmetic would choose;
-    other rules compare distances in float32 (float64 for float64). On CUDA so do all, and in large batches batch-hard
-    uses the tensor cores in the precision of ``torch.get_float32_matmul_precision()``. No B x R matrix is stored. The
-    number of triplets depends on the data, so on a GPU this call waits for it (the losses do not).
+    Ties go to the lowest index. On the CPU the selection is exact: what float64 arithmetic would choose. On CUDA
+    distances are compared in float32 (float64 for float64), and in large batches batch-hard uses the tensor cores in
+    the precision of ``torch.get_float32_matmul_precision()``. No B x R matrix is stored. The number of triplets depends
+    on the data, so on a GPU this call waits for it (the losses do not).
 
     Args:
         embeddings: [B, D], float32, float64, float16 or bfloat16.

@@ -147,6 +147,22 @@ def test_a_large_class_comes_no_sooner_than_its_share():
     assert 350 < first[True] < 450  # 400 expected, deviation 14
 
 
+def test_a_small_class_comes_no_sooner_than_its_share():
+    # One of the 10 batches of a pass, whose steps are drawn 4 at a time.
+    sampler = PKBatchSampler([0] * 9 + [1], 1, 1)
+    first = sum([9] in itertools.islice(iter(sampler), 4) for _ in range(800))
+    assert 270 < first < 370  # 320 expected, deviation 14
+
+
+def test_what_is_left_over_goes_to_other_classes_in_each_pass():
+    # Three classes that need a visit each, and four visits in a pass.
+    sampler = PKBatchSampler([0, 0, 1, 1, 2, 2], 2, 2)
+    twice = Counter(
+        Counter(index // 2 for batch in sampler for index in batch[::2]).most_common(1)[0] for _ in range(90)
+    )
+    assert set(twice) == {(label, 2) for label in range(3)} and min(twice.values()) > 15
+
+
 def test_a_class_with_one_sample_fills_its_places_with_copies():
     batches = list(PKBatchSampler([0, 1, 1, 1], 2, 3))
     assert batches and all(batch.count(0) == 3 for batch in batches)
@@ -163,6 +179,14 @@ def test_iterating_advances_the_epoch_and_set_epoch_sets_it():
     fresh = PKBatchSampler(UNEVEN, 3, 4, seed=5)
     fresh.set_epoch(1)
     assert list(fresh) == second, "an epoch depends on its number, not on what was iterated before"
+
+
+def test_short_epochs_in_any_order():
+    sampler = PKBatchSampler(UNEVEN, 3, 4, batches_per_epoch=3)
+    epochs = [list(sampler) for _ in range(12)]
+    for epoch in (2, 9, 0, 7, 8, 11, 1, 5, 5):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == epochs[epoch]
 
 
 def test_a_loop_that_stops_early_uses_its_epoch_up():
@@ -299,6 +323,7 @@ def test_an_interrupt_leaves_nothing_half_done(monkeypatch):
 
     sampler.set_epoch(0)
     batches = iter(sampler)
+    next(batches)
     with monkeypatch.context() as patch:
         patch.setattr(data._Pass, "_take", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -501,9 +526,12 @@ def test_the_default_is_the_process_group(monkeypatch):
 def test_pickles_with_its_epoch():
     sampler = PKBatchSampler(shuffled(UNEVEN), 3, 4, batches_per_epoch=5, seed=9)
     list(sampler)
+    next(iter(sampler))
+    sampler.set_epoch(1)
     again = pickle.loads(pickle.dumps(sampler))
     assert again.epoch == 1 and len(again) == 5
     assert [list(again), list(again)] == [list(sampler), list(sampler)]
+    assert len(pickle.dumps(sampler)) < len(pickle.dumps(PKBatchSampler(shuffled(UNEVEN), 3, 4))) + 50, "no pass in it"
 
 
 def test_repr():

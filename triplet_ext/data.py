@@ -107,7 +107,7 @@ class PKBatchSampler(Sampler[list[int]]):
         needed = -(-self._sizes // self.samples_per_class)  # [C], visits that show all of a class
         per_step = self.num_replicas * self.classes_per_batch  # visits
         self._pass_length = max(-(-int(needed.sum()) // per_step), -(-int(needed.max()) // self.num_replicas))  # steps
-        self._visits, self._tied = self._apportion(needed)
+        self._visits, self._tied = self._apportion()
         # To draw steps takes O(C) for all of them: O(1) a visit, if there are about C visits.
         self._steps_at_a_time = max(_LEAST_STEPS, len(self._sizes) // per_step)
         if batches_per_epoch is None:
@@ -180,7 +180,7 @@ class PKBatchSampler(Sampler[list[int]]):
             yield indices
         self._next = (epoch + 1, 0)
 
-    def _apportion(self, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _apportion(self) -> tuple[np.ndarray, np.ndarray]:
         """How many batches of a pass each class is in, [C]; and the classes of which some, drawn for each pass, are in
         one more, so that the total is right.
 
@@ -188,9 +188,9 @@ class PKBatchSampler(Sampler[list[int]]):
         room for ceil(size / K) visits of each class, t is at most K, and no class gets fewer.
         """
         total = self._pass_length * self.num_replicas * self.classes_per_batch
-        # In a step, a class is in no more batches than it has different samples for, if that is possible.
+        # In a step, a class is in no more batches than it has different samples for, if that leaves enough. (If it did
+        # not leave each class what it needs, then it would not leave enough.)
         most = self._pass_length * (self._sizes // self.samples_per_class).clip(1, self.num_replicas)
-        most = np.maximum(most, needed)
         if most.sum() < total:
             most = np.full_like(most, self._pass_length * self.num_replicas)
 

@@ -156,7 +156,7 @@ def test_the_bound_is_one(rng, device, kind, scale):
     """No t of an anchor exceeds it, to the last bit; and it is close. An outlier makes most of it cancel."""
     x, y = rows(rng, 40, 5, kind=kind, device=device) * scale, classes(rng, 40, 8, device)
     x[7] += 1000 * scale
-    bound = _hardest._upper_bounds(x, y, 0.0)
+    bound = _hardest._Batch(x, y, 0.0).upper_bounds()
     most = {}
     for t, a, _, _ in in_order(numpy(x), y.tolist(), 0.0):
         most.setdefault(a, t)
@@ -167,9 +167,13 @@ def test_the_bound_is_one(rng, device, kind, scale):
 
 def test_the_bound_spares_work(rng, monkeypatch):
     """Few of the anchors are measured: the order of the visits and the bound are good for something."""
-    seen, measure = [], _hardest._squares
-    monkeypatch.setattr(_hardest, "_EXACT_BYTES", 1)
-    monkeypatch.setattr(_hardest, "_squares", lambda x, anchors: seen.extend(anchors.tolist()) or measure(x, anchors))
+    seen, largest = [], _hardest._Batch.largest
+    monkeypatch.setattr(_hardest, "_BOUND_BYTES", 1)
+    monkeypatch.setattr(
+        _hardest._Batch,
+        "largest",
+        lambda batch, anchors, *a: seen.extend(anchors.tolist()) or largest(batch, anchors, *a),
+    )
     x, y = rows(rng, 2000, 16), classes(rng, 2000)
     hard_triplet_mining(x, y, k=10)
     assert 1 <= len(seen) <= 12 and len(set(seen)) == len(seen)

@@ -141,7 +141,7 @@ class _Batch:
         return bound.nan_to_num(math.inf, math.inf, -math.inf)[self._place].cpu()
 
     def largest(self, anchors: Tensor, least: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The triplets of these anchors, ascending row numbers [A], whose t is at least ``least`` [A]: t, and row numbers.
+        """The triplets of these anchors (ascending) whose t is at least ``least`` [A]: t [T] and row numbers [T, 3].
         If there are more than 2 k of them: k or more, with the k best among them."""
         i, p, j, n = self._screen(anchors, least)
         far, near = self._distances(anchors[i], p), self._distances(anchors[j], n)
@@ -217,8 +217,8 @@ class _Pairs:
         return low
 
     def largest(self, least: Tensor, n: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Where in far and near the pairs are whose t is at least ``least`` [P]. If there are more than 2 k of them: k or
-        more, with the k best among them; ties: the first in far, the lowest number ``n`` [N] of a negative."""
+        """Where in far and near the pairs are whose t is at least ``least`` [P]. If there are more than 2 k of them: k
+        or more, with the k best among them; ties: the first in far, the lowest number ``n`` [N] of a negative."""
         has_some = self._size > 0
         if not has_some.any():
             return self._size[:0], self._size[:0]

@@ -321,6 +321,14 @@ def test_gradients_flow(rng, device):
     assert not torch.autograd.grad(hard_triplet_mining(x, one_class).sum(), x)[0].any()
 
 
+def test_the_default_device_does_not_matter(rng):
+    x, y = rows(rng, 60, 5), classes(rng, 60)
+    for k in (3, 100, 10**5):
+        wanted = hard_triplet_mining(x, y, k=k)
+        with torch.device("meta"):
+            assert_same(hard_triplet_mining(x, y, k=k), wanted)
+
+
 def test_nothing_is_written_to(rng, device):
     x, y = rows(rng, 30, 5, device=device), classes(rng, 30, device=device)
     before = [(v, v.clone(), v._version) for v in (x, y)]

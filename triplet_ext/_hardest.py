@@ -51,17 +51,16 @@ class _Best:
 
     def __init__(self, k: int) -> None:
         self._k = k
-        self._values = [torch.empty(0, dtype=torch.float64)]  # what was kept, and what was added since
-        self._triplets = [torch.empty(0, 3, dtype=torch.int64)]
+        # What was kept, and what has been added since.
+        self._values = [torch.empty(0, dtype=torch.float64, device="cpu")]
+        self._triplets = [torch.empty(0, 3, dtype=torch.int64, device="cpu")]
         self._added = 0
         self._floor, self._last = -math.inf, sys.maxsize  # t and anchor of the k-th best, of those that were compared
 
     def least(self, anchors: Tensor) -> Tensor:
         """For each anchor the smallest t with which a triplet of it can be among the k best; NaN: none can."""
-        floor = torch.tensor(self._floor, dtype=torch.float64)
-        more = (
-            torch.nextafter(floor, torch.tensor(math.inf, dtype=torch.float64)) if self._floor < math.inf else math.nan
-        )
+        floor = torch.tensor(self._floor, dtype=torch.float64, device="cpu")
+        more = math.nextafter(self._floor, math.inf) if self._floor < math.inf else math.nan
         return torch.where(anchors > self._last, more, floor)
 
     def add(self, values: Tensor, triplets: Tensor) -> None:
@@ -118,7 +117,7 @@ class _Batch:
         square = x.square().sum(1)
         slack, tiny = (8 * x.shape[1] + 64) * 2.0**-53, (x.shape[1] + 8) * 2.0**-1060
         self._high, self._low = square * (1 + slack) + tiny, square * (1 - slack) - tiny
-        # Bounds of what may overflow are NaN.
+        # Where a distance may overflow, bounds are NaN: its t is infinite, from either side.
         self._low.masked_fill_(~(self._high < sys.float_info.max / 8), math.nan)
         self._rows = torch.cat((-2 * x, torch.ones_like(square)[:, None]), 1)
         self._columns = torch.cat((x, self._low[:, None]), 1).T  # the product adds the column's |y|^2
@@ -194,8 +193,8 @@ class _Batch:
 
 
 class _Pairs:
-    """Anchors' pairs with positives [P] and with negatives [N], both anchor after anchor, an anchor's negatives in
-    ascending order of the distance: those with which a positive makes a t of at least so much come first."""
+    """Distances of some anchors to positives, [P], and to negatives, [N], anchor after anchor, and ascending for the
+    negatives of an anchor: those with which a positive makes a t of at least so much are the first of these."""
 
     def __init__(self, far: Tensor, i: Tensor, near: Tensor, j: Tensor, margin: float) -> None:
         self._far, self._near, self._margin = far, near, margin
@@ -254,14 +253,14 @@ def _lexsort(triplets: Tensor, *first: Tensor) -> Tensor:
 
 def _ranges(start: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """(i, start[i]), ..., (i, start[i] + size[i] - 1) for every i in turn."""
-    i = torch.arange(len(size)).repeat_interleave(size)
-    return i, torch.arange(len(i)) - (size.cumsum(0) - size - start)[i]
+    i = torch.arange(len(size), device="cpu").repeat_interleave(size)
+    return i, torch.arange(len(i), device="cpu") - (size.cumsum(0) - size - start)[i]
 
 
 def _ordinal(value: float) -> int:
     """A float64's place in the order of all of them, that of 0 being 0."""
     bits = struct.unpack("<q", struct.pack("<d", value))[0]
-    return bits if bits >= 0 else -(bits & sys.maxsize)
+    return bits if bits >= 0 else -(bits & (1 << 63) - 1)
 
 
 def _number(ordinal: int) -> float:

@@ -96,6 +96,29 @@ def test_rows_that_are_not_finite(rng, device, bad):
             assert set(where) & set(wanted[-1])
 
 
+def test_several_infinities(rng, device, monkeypatch):
+    """Of both signs, in any place: whether a bound of an infinite distance is one or not. Block by block."""
+    monkeypatch.setattr(_hardest, "_BOUND_BYTES", 1)
+    monkeypatch.setattr(_hardest, "_EXACT_BYTES", 1)
+    for _ in range(12):
+        x, y = rows(rng, 24, 2, device=device), classes(rng, 24, device=device)
+        for _ in range(int(rng.integers(1, 4))):
+            x[int(rng.integers(24)), int(rng.integers(2))] = float(rng.choice([-math.inf, math.inf]))
+        check(x, y, 1.0, 1, 50)
+
+
+def test_one_row_that_overflows(rng, device, monkeypatch):
+    """Its distances do, or only some of them, and not those of the other rows."""
+    monkeypatch.setattr(_hardest, "_BOUND_BYTES", 1)
+    monkeypatch.setattr(_hardest, "_EXACT_BYTES", 1)
+    for scale in (1e153, 7e153, 1e154, 3e154, 1e155):
+        for _ in range(3):
+            x, y = rows(rng, 20, 3, device=device), classes(rng, 20, 5, device)
+            x[int(rng.integers(20))] *= scale
+            x[int(rng.integers(20))] *= -scale
+            check(x, y, 0.0, 1, 50)
+
+
 def test_distances_that_overflow(rng, device):
     """Infinite, though the rows are not; and large, and tiny ones that are not."""
     y = classes(rng, 24, 5, device)
@@ -156,7 +179,7 @@ def test_the_bound_is_one(rng, device, kind, scale):
     """No t of an anchor exceeds it, to the last bit; and it is close. An outlier makes most of it cancel."""
     x, y = rows(rng, 40, 5, kind=kind, device=device) * scale, classes(rng, 40, 8, device)
     x[7] += 1000 * scale
-    bound = _hardest._upper_bounds(x, y, 0.0)
+    bound = _hardest._Batch(x, y, 0.0).upper_bounds()
     most = {}
     for t, a, _, _ in in_order(numpy(x), y.tolist(), 0.0):
         most.setdefault(a, t)
@@ -167,12 +190,69 @@ def test_the_bound_is_one(rng, device, kind, scale):
 
 def test_the_bound_spares_work(rng, monkeypatch):
     """Few of the anchors are measured: the order of the visits and the bound are good for something."""
-    seen, measure = [], _hardest._squares
-    monkeypatch.setattr(_hardest, "_EXACT_BYTES", 1)
-    monkeypatch.setattr(_hardest, "_squares", lambda x, anchors: seen.extend(anchors.tolist()) or measure(x, anchors))
+    seen, largest = [], _hardest._Batch.largest
+    monkeypatch.setattr(_hardest, "_BOUND_BYTES", 1)
+    monkeypatch.setattr(
+        _hardest._Batch,
+        "largest",
+        lambda batch, anchors, *a: seen.extend(anchors.tolist()) or largest(batch, anchors, *a),
+    )
     x, y = rows(rng, 2000, 16), classes(rng, 2000)
     hard_triplet_mining(x, y, k=10)
     assert 1 <= len(seen) <= 12 and len(set(seen)) == len(seen)
+
+
+def test_work_is_in_proportion(rng, monkeypatch):
+    """To k: of three million triplets, and of a million pairs, few are looked at one by one."""
+    measured, added, compared = [], [], []
+    distances, add, keep = _hardest._Batch._distances, _hardest._Best.add, _hardest._Best._keep_the_best
+    monkeypatch.setattr(_hardest._Batch, "_distances", lambda b, i, j: measured.append(len(i)) or distances(b, i, j))
+    monkeypatch.setattr(_hardest._Best, "add", lambda b, v, t: added.append(len(v)) or add(b, v, t))
+    monkeypatch.setattr(_hardest._Best, "_keep_the_best", lambda b: compared.append(b._added) or keep(b))
+    x, y = rows(rng, 1000, 16), torch.arange(1000) % 250
+    for k in (100, 3000, 30000):
+        for seen in (measured, added, compared):
+            seen.clear()
+        assert len(hard_triplet_mining(x, y, k=k)) == k
+        assert sum(measured) < 20000 + 20 * k and sum(measured) < 500000
+        assert sum(added) < 2000 + 10 * k and max(added) <= 2 * k
+        assert len(compared) < 45, "not for each block, once there are many"
+
+
+def test_blocks_are_of_fixed_size(rng, monkeypatch):
+    """However large the batch and k; between two of them an interrupt is answered."""
+    anchors, pairs, largest, distances = [], [], _hardest._Batch.largest, _hardest._Batch._distances
+    monkeypatch.setattr(_hardest._Batch, "largest", lambda b, a, *o: anchors.append(len(a)) or largest(b, a, *o))
+    monkeypatch.setattr(_hardest._Batch, "_distances", lambda b, i, j: pairs.append(len(i)) or distances(b, i, j))
+    monkeypatch.setattr(_hardest, "_BOUND_BYTES", 1 << 16)
+    x, y = rows(rng, 500, 4), torch.arange(500) % 2
+    hard_triplet_mining(x, y, k=100000)
+    assert anchors[:5] == [1, 2, 4, 8, 16] and max(anchors) == 16 and len(anchors) > 20
+    assert max(pairs) <= 16 * 500
+
+
+def test_one_anchor_may_be_enough(rng, monkeypatch, device):
+    """Where all triplets tie for the first place: the other anchors are later ones."""
+    seen, largest = [], _hardest._Batch.largest
+    monkeypatch.setattr(_hardest._Batch, "largest", lambda b, a, *o: seen.extend(a.tolist()) or largest(b, a, *o))
+    y = torch.arange(40, device=device) % 2
+    x = rows(rng, 40, 3, device=device)
+    x[5] = math.nan
+    for batch in (x, torch.ones_like(x)):
+        seen.clear()
+        check(batch, y, 1.0, 5)
+        assert set(seen) == {0}
+
+
+def test_the_order_of_all_numbers(rng):
+    values = [-math.inf, -sys.float_info.max, -1.0, -5e-324, 0.0, 5e-324, 2.0**-1022, 1.0, 1 + 2.0**-52, math.inf]
+    values = sorted([*values, *rng.standard_normal(50), *np.exp(rng.uniform(-700, 700, 50))])
+    ordinals = [_hardest._ordinal(value) for value in values]
+    assert ordinals == sorted(set(ordinals))
+    assert [_hardest._number(ordinal) for ordinal in ordinals] == values
+    assert _hardest._ordinal(-0.0) == 0 == _hardest._ordinal(0.0)
+    assert _hardest._number(_hardest._ordinal(1.0) + 1) == math.nextafter(1, 2)
+    assert _hardest._number(_hardest._ordinal(-1.0) + 1) == math.nextafter(-1, 0)
 
 
 def test_the_hardest_is_the_hardest_that_is_mined(rng, device):
@@ -239,6 +319,14 @@ def test_gradients_flow(rng, device):
     assert not hard_triplet_mining(x.detach(), y).requires_grad
     one_class = torch.zeros(30, dtype=torch.int64, device=device)
     assert not torch.autograd.grad(hard_triplet_mining(x, one_class).sum(), x)[0].any()
+
+
+def test_the_default_device_does_not_matter(rng):
+    x, y = rows(rng, 60, 5), classes(rng, 60)
+    for k in (3, 100, 10**5):
+        wanted = hard_triplet_mining(x, y, k=k)
+        with torch.device("meta"):
+            assert_same(hard_triplet_mining(x, y, k=k), wanted)
 
 
 def test_nothing_is_written_to(rng, device):

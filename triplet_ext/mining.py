@@ -126,9 +126,9 @@ def hard_triplet_mining(embeddings: Any, labels: Any, margin: float = 1.0, k: in
     float64, where d is what ``numpy.sum((x - y)**2)`` gives, on every device. A triplet whose t is NaN or infinite,
     whose loss is NaN, is larger than all others: a row that is not finite is never left out.
 
-    Neither the T triplets nor the B x B distances are stored: memory is O(B (D + 1) + k log k) and a few blocks of
-    fixed size. Time is one B x B x D product, and the exact distances of the few anchors that it can't rule out (of
-    all anchors, in the worst case of equal distances everywhere). On a GPU this call waits for it.
+    Neither the T triplets nor the B x B distances are stored: memory is O(B (D + 1) + k) and a few blocks of fixed
+    size. Time is one B x B x D product, or two if k is large, and the exact distances of the few pairs that it can't
+    rule out (of all pairs, in the worst case of equal distances everywhere). On a GPU this call waits for it.
 
     Args:
         embeddings: [B, D], a tensor of float32, float64, float16 or bfloat16, or a NumPy array of these.

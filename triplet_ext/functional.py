@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _checks
 from ._autograd import ExplicitTripletLoss, IndexedTripletLoss, MinedTripletLoss
-from .mining import Mining, Triplets, select, strategy
+from .mining import AnyTriplets, Mining, select, strategy
 
 __all__ = ["TripletStats", "indexed_triplet_loss", "mined_triplet_loss", "triplet_loss"]
 
@@ -176,7 +176,7 @@ def mined_triplet_loss(
 
 def indexed_triplet_loss(
     embeddings: Tensor,
-    triplets: Triplets,
+    triplets: AnyTriplets,
     *,
     margin: float = 1.0,
     distance: str = "squared_euclidean",
@@ -189,7 +189,8 @@ def indexed_triplet_loss(
 
     Args:
         embeddings: [B, D], float32, float64, float16 or bfloat16, any strides.
-        triplets: :class:`triplet_ext.Triplets` of int64 tensors [T].
+        triplets: :class:`triplet_ext.Triplets` or another tuple or list of three tensors [T], anchor, positive,
+            negative; or one tensor [T, 3]. Any integer dtype.
         margin, distance, soft_margin, swap, reduction: see :func:`triplet_loss`; ``"none"`` gives [T].
         ref_embeddings: [R, D]: what ``positive`` and ``negative`` index. Default: the embeddings.
 

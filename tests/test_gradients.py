@@ -1,8 +1,8 @@
-"""First and second gradients by finite differences, and the two ways to a first gradient against each other."""
+"""Gradients of every order by finite differences, and the two ways to a first gradient against each other."""
 
 import pytest
 import torch
-from common import DISTANCES, REDUCTIONS, classes, product, row_numbers, rows
+from common import DISTANCES, REDUCTIONS, assert_same, classes, product, row_numbers, rows
 from torch.autograd import gradcheck, gradgradcheck
 
 from triplet_ext import TripletMarginLoss, Triplets, functional
@@ -66,8 +66,8 @@ def test_finite_differences_of_the_drop_in(rng, device, backend, p, swap):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS[::2], ids=name)
 def test_create_graph_changes_nothing(rng, device, backend, options, dtype):
-    """With create_graph the gradient comes from the differentiable form."""
-    error = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3}[dtype]
+    """With create_graph the gradient comes from the same operator, and from the reference its derivative, which is
+    that of the reference's gradient."""
     for function, inputs in forms(rng, device, options).values():
         inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
         loss = function(*inputs)
@@ -76,8 +76,52 @@ def test_create_graph_changes_nothing(rng, device, backend, options, dtype):
         graph = torch.autograd.grad(loss, inputs, weight, create_graph=True)
         for x, a, b in zip(inputs, plain, graph):
             assert b.requires_grad and not a.requires_grad and a.dtype == b.dtype == x.dtype
-            # 0.1: where positive and negative are one row, all cancels but for rounding.
-            torch.testing.assert_close(a, b.detach(), rtol=error, atol=error * max(0.1, a.abs().max().item()))
+            assert_same(a, b.detach())
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_third_gradients(rng, device, backend, distance):
+    """Derivatives of every order are there. A hinge would leave nothing of most."""
+    options = dict(distance=distance, soft_margin=True, swap=False, reduction="none")
+    for function, inputs in forms(rng, device, options).values():
+
+        def gradient(*inputs, function=function):
+            loss = function(*inputs)
+            weight = torch.linspace(1, 2, len(loss), dtype=loss.dtype, device=device)
+            return torch.autograd.grad(loss, inputs, weight, create_graph=True)
+
+        assert gradgradcheck(gradient, inputs, eps=1e-6, atol=1e-4, rtol=1e-4, nondet_tol=0)
+
+
+def test_second_gradients_of_inputs_that_depend(rng, device, backend):
+    """One tensor as two inputs, an input computed from another, and a weight that is computed from both."""
+    x = rows(rng, 6, 4, device=device).requires_grad_()
+
+    def ours(a, p, n):
+        return functional.triplet_loss(a, p, n, soft_margin=True, reduction="none")
+
+    def plain(a, p, n):
+        return torch.nn.functional.softplus((a - p).square().sum(1) - (a - n).square().sum(1) + 1)
+
+    for others in (lambda x: (x, x), lambda x: (x, x.flip(0)), lambda x: (x * 2, x.flip(0) + x)):
+        results = []
+        for loss in (ours, plain):
+            value = loss(x, *others(x))
+            first = torch.autograd.grad(value, x, (x * x).sum(1), create_graph=True)[0]
+            second = torch.autograd.grad(first.square().sum(), x, create_graph=True)[0]
+            results.append([first, second, torch.autograd.grad(second.square().sum(), x)[0]])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_is_computed_for_whom_none_asks(rng, device, backend):
+    """Only inputs that want a gradient get one, at second order, too."""
+    a, p, n = (rows(rng, 5, 4, device=device) for _ in range(3))
+    p.requires_grad_()
+    loss = functional.triplet_loss(a, p, n, soft_margin=True)
+    (first,) = torch.autograd.grad(loss, p, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), p)
+    assert second.any() and a.grad is n.grad is None
 
 
 def test_a_gradient_penalty_trains(rng, device, backend):

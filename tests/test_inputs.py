@@ -4,6 +4,7 @@ import ast
 import inspect
 import pathlib
 import re
+import warnings
 
 import numpy as np
 import oracle
@@ -34,6 +35,8 @@ from triplet_ext import _checks as checks
 X, Y = torch.zeros(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
 R, Z = torch.zeros(8, 3), torch.arange(8) // 2
 I = torch.tensor([0, 1])  # noqa: E741
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64]
+UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 NUMBERS = "float32, float64, float16 or bfloat16"
 
 
@@ -66,11 +69,27 @@ def drop_in(anchor=X, positive=X, negative=X, **options):
     return TripletMarginLoss(**options)(anchor, positive, negative)
 
 
+SPARSE = "must be a dense tensor, got torch.sparse_coo; to_dense() makes one"
+NESTED = "must be a dense tensor, got a nested one; to_padded_tensor() makes one"
+
+
+def unusual(function, *arguments, **keywords):
+    """Such tensors are of a state that torch warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*arguments, **keywords)
+
+
+def nested(x, layout=torch.jagged):
+    return unusual(torch.nested.nested_tensor, [x, x], layout=layout)
+
+
 OPTIONS = [
     (dict(margin="1"), TypeError, "margin must be a number, got str"),
     (dict(margin=None), TypeError, "margin must be a number, got NoneType"),
     (dict(margin=True), TypeError, "margin must be a number, got bool"),
     (dict(margin=torch.ones(())), TypeError, "margin must be a number, got torch.Tensor"),
+    (dict(margin=np.ones(())), TypeError, "margin must be a number, got numpy.ndarray"),
     (dict(margin=-0.5), ValueError, "margin must be finite and at least 0, got -0.5"),
     (dict(margin=-1), ValueError, "margin must be finite and at least 0, got -1"),
     (dict(margin=float("nan")), ValueError, "margin must be finite and at least 0, got nan"),
@@ -95,6 +114,7 @@ DROP_IN_OPTIONS = [
     (dict(margin=float("inf")), ValueError, "margin must be finite and at least 0, got inf"),
     (dict(swap=1), TypeError, "swap must be True or False, got 1"),
     (dict(p="2"), TypeError, "p must be a number, got str"),
+    (dict(p=np.ones(())), TypeError, "p must be a number, got numpy.ndarray"),
     (dict(p=-1), ValueError, "p must be at least 0, got -1"),
     (dict(p=float("nan")), ValueError, "p must be a number, got nan"),
     (dict(eps=None), TypeError, "eps must be a number, got NoneType"),
@@ -109,6 +129,10 @@ EXPLICIT = [
     (dict(n=None), TypeError, "negative must be a torch.Tensor, got NoneType"),
     (dict(a=X.long()), TypeError, f"anchor must be {NUMBERS}, got torch.int64"),
     (dict(n=X.to(torch.complex64)), TypeError, f"negative must be {NUMBERS}, got torch.complex64"),
+    (dict(a=X.to_sparse()), TypeError, "anchor " + SPARSE),
+    (dict(p=nested(X)), TypeError, "positive " + NESTED),
+    (dict(n=X.to_mkldnn()), TypeError, "negative must be a dense tensor, got torch._mkldnn; to_dense() makes one"),
+    (dict(n=X.to(torch.float8_e4m3fn)), TypeError, f"negative must be {NUMBERS}, got torch.float8_e4m3fn"),
     (dict(p=X[:4]), ValueError, "positive must have the shape of anchor, [6, 3], got [4, 3]"),
     (dict(n=X[:, :2]), ValueError, "negative must have the shape of anchor, [6, 3], got [6, 2]"),
     (dict(n=X[0]), ValueError, "negative must have the shape of anchor, [6, 3], got [3]"),
@@ -120,6 +144,8 @@ EXPLICIT = [
 DROP_IN = [
     (dict(anchor=X.numpy()), TypeError, "anchor " + NOT_A_TENSOR),
     (dict(positive=X.long()), TypeError, f"positive must be {NUMBERS}, got torch.int64"),
+    (dict(positive=X.to_sparse()), TypeError, "positive " + SPARSE),
+    (dict(negative=nested(X)), TypeError, "negative " + NESTED),
     (dict(negative=X[0]), ValueError, "negative must have as many dimensions as anchor, 2, got 1"),
     (dict(positive=X[None]), ValueError, "positive must have as many dimensions as anchor, 2, got 3"),
     (
@@ -134,6 +160,13 @@ BATCH = [
     (dict(x=X[0]), ValueError, "embeddings must have shape [B, D], got [3]"),
     (dict(x=X[None]), ValueError, "embeddings must have shape [B, D], got [1, 6, 3]"),
     (dict(x=X.int()), TypeError, f"embeddings must be {NUMBERS}, got torch.int32"),
+    (dict(x=X.to_sparse()), TypeError, "embeddings " + SPARSE),
+    (dict(x=unusual(X.to_sparse_csr)), TypeError, "embeddings " + SPARSE.replace("coo", "csr")),
+    (dict(x=nested(X)), TypeError, "embeddings " + NESTED),
+    (dict(x=nested(X, torch.strided)), TypeError, "embeddings " + NESTED),
+    (dict(y=Y.to_sparse()), TypeError, "labels " + SPARSE),
+    (dict(y=nested(Y)), TypeError, "labels " + NESTED),
+    (dict(y=torch.empty(6, dtype=torch.bits8)), TypeError, "labels must be integers, got torch.bits8"),
     (dict(y=Y.numpy()), TypeError, "labels " + NOT_A_TENSOR),
     (dict(y=Y.tolist()), TypeError, "labels must be a torch.Tensor, got list"),
     (dict(y=Y.float()), TypeError, "labels must be integers, got torch.float32"),
@@ -150,6 +183,9 @@ REFERENCES = [
     (dict(ref_offset=0), ValueError, "ref_offset must come with ref_embeddings, got no ref_embeddings"),
     (dict(ref_embeddings=R), ValueError, "ref_labels must come with ref_embeddings, shape [8], got None"),
     (dict(ref_embeddings=R.numpy(), ref_labels=Z), TypeError, "ref_embeddings " + NOT_A_TENSOR),
+    (dict(ref_embeddings=R.to_sparse(), ref_labels=Z), TypeError, "ref_embeddings " + SPARSE),
+    (dict(ref_embeddings=nested(R), ref_labels=Z), TypeError, "ref_embeddings " + NESTED),
+    (dict(ref_embeddings=R, ref_labels=Z.to_sparse()), TypeError, "ref_labels " + SPARSE),
     (dict(ref_embeddings=R.int(), ref_labels=Z), TypeError, f"ref_embeddings must be {NUMBERS}, got torch.int32"),
     (dict(ref_embeddings=R[0], ref_labels=Z), ValueError, SHAPE + ", got [3]"),
     (dict(ref_embeddings=R[:, :2], ref_labels=Z), ValueError, SHAPE + " with the D of embeddings, 3, got [8, 2]"),
@@ -191,14 +227,25 @@ REFERENCES = [
             TypeError,
             f"ref_offset must be an integer or None, got {kind}",
         )
-        for offset, kind in ((1.0, "float"), (True, "bool"), ("1", "str"), (torch.tensor(1), "torch.Tensor"))
+        for offset, kind in (
+            (1.0, "float"),
+            (True, "bool"),
+            ("1", "str"),
+            (torch.tensor(1), "torch.Tensor"),
+            (np.array(1), "numpy.ndarray"),
+            (np.float64(1), "numpy.float64"),
+        )
     ),
 ]
 INDEXED = [
     (dict(x=X[0]), ValueError, "embeddings must have shape [B, D], got [3]"),
     (dict(a=I.numpy()), TypeError, "triplets.anchor " + NOT_A_TENSOR),
-    (dict(p=I.int()), TypeError, "triplets.positive must be torch.int64, got torch.int32"),
-    (dict(n=I.float()), TypeError, "triplets.negative must be torch.int64, got torch.float32"),
+    (dict(a=I.tolist()), TypeError, "triplets.anchor must be a torch.Tensor, got list"),
+    (dict(p=I.bool()), TypeError, "triplets.positive must be integers, got torch.bool"),
+    (dict(n=I.float()), TypeError, "triplets.negative must be integers, got torch.float32"),
+    (dict(n=I.to_sparse()), TypeError, "triplets.negative " + SPARSE),
+    (dict(x=X.to_sparse()), TypeError, "embeddings " + SPARSE),
+    (dict(ref_embeddings=R.to_sparse()), TypeError, "ref_embeddings " + SPARSE),
     (dict(a=I[None]), ValueError, "triplets.anchor must have shape [T], got [1, 2]"),
     (dict(n=I[0]), ValueError, "triplets.negative must have shape [T], got []"),
     (dict(p=I[:1]), ValueError, "triplets.positive must have the shape of triplets.anchor, [2], got [1]"),
@@ -207,7 +254,10 @@ INDEXED = [
     (dict(ref_embeddings=R[:, :2]), ValueError, SHAPE + " with the D of embeddings, 3, got [8, 2]"),
     (dict(ref_embeddings=R.numpy()), TypeError, "ref_embeddings " + NOT_A_TENSOR),
 ]
-TRIPLETS = "triplets must be a triplet_ext.Triplets(anchor, positive, negative), got "
+TRIPLETS = (
+    "triplets must be a triplet_ext.Triplets(anchor, positive, negative), three such tensors [T], or one [T, 3], got "
+)
+ONE_TENSOR = "triplets must have shape [T, 3] where they are one tensor, got "
 T = Triplets(I, I, I)
 loss = TripletLoss()
 FORMS = [
@@ -234,9 +284,30 @@ FORMS = [
     (lambda: loss(X, Y, triplets=T), TypeError, "loss(embeddings, triplets=...) takes no labels"),
     (lambda: loss(X, triplets=T, ref_labels=Z), TypeError, "loss(embeddings, triplets=...) takes no ref_labels"),
     (lambda: loss(X, triplets=T, ref_offset=0), TypeError, "loss(embeddings, triplets=...) takes no ref_offset"),
-    (lambda: loss(X, triplets=I), TypeError, TRIPLETS + "torch.Tensor"),
-    (lambda: loss(X, triplets=(I, I)), TypeError, TRIPLETS + "tuple"),
+    (lambda: loss(X, triplets=I), ValueError, ONE_TENSOR + "[2]"),
+    (lambda: loss(X, triplets=torch.stack(T)), ValueError, ONE_TENSOR + "[3, 2]"),
+    (lambda: loss(X, triplets=torch.stack(T, 1).float()), TypeError, "triplets must be integers, got torch.float32"),
+    (
+        lambda: loss(X, triplets=torch.stack(T, 1).to("meta")),
+        ValueError,
+        "triplets must be on the device of embeddings, cpu, got meta",
+    ),
+    (lambda: loss(X, triplets=(I, I)), TypeError, TRIPLETS + "tuple of 2"),
+    (lambda: loss(X, triplets=[[0, 1, 2]]), TypeError, TRIPLETS + "list of 1"),
+    (
+        lambda: loss(X, triplets=torch.stack(T, 1).numpy()),
+        TypeError,
+        TRIPLETS + "numpy.ndarray; torch.from_numpy makes a tensor",
+    ),
     (lambda: functional.indexed_triplet_loss(X, "abc"), TypeError, TRIPLETS + "str"),
+    *(
+        (
+            lambda criterion=criterion: unusual(torch.jit.script, criterion),
+            TypeError,
+            f"torch.jit.script does not take a {type(criterion).__name__}: use torch.compile or torch.export",
+        )
+        for criterion in (loss, TripletMarginLoss())
+    ),
     (lambda: loss(triplets=T), TypeError, "embeddings must be a torch.Tensor, got NoneType"),
     (
         lambda: TripletLoss().stats,
@@ -246,6 +317,8 @@ FORMS = [
     (lambda: TripletLoss(mining="batch_all", swap=True), ValueError, SWAP),
     (lambda: mined(mining=Mining("easy", "all"), swap=True), ValueError, SWAP),
     (lambda: explain(X.numpy()), TypeError, "embeddings " + NOT_A_TENSOR),
+    (lambda: explain(X.to_sparse()), TypeError, "embeddings " + SPARSE),
+    (lambda: loss(X, triplets=torch.stack(T, 1).to_sparse()), TypeError, "triplets " + SPARSE),
     (lambda: explain(X.int()), TypeError, f"embeddings must be {NUMBERS}, got torch.int32"),
     (
         lambda: explain(X, Y[:2]),
@@ -371,6 +444,39 @@ def test_margins_that_are_numbers(backend, margin):
     assert functional.triplet_loss(X, X, X, margin=margin) == float(margin)
 
 
+@pytest.mark.parametrize("number", [2, 1.5, np.float32(1.5), np.float64(2), np.int64(2)], ids=repr)
+def test_norms_that_are_numbers(backend, number):
+    """Of every option that is a number, as torch.nn takes them."""
+    inputs = [torch.randn(5, 4) for _ in range(3)]
+    options = dict(margin=number, p=number, eps=number)
+    expected = torch.nn.TripletMarginLoss(**{key: float(value) for key, value in options.items()})(*inputs)
+    torch.testing.assert_close(TripletMarginLoss(**options)(*inputs), expected)
+
+
+@pytest.mark.parametrize("offset", [2, np.int64(2), np.uint8(2)], ids=repr)
+def test_offsets_that_are_integers(backend, offset):
+    """Each row is the only one of its label: not its own positive with this offset, and with others the only one."""
+    x, y = torch.randn(8, 3), torch.arange(8)
+    loss = TripletLoss(margin=100)
+    assert loss(x[2:], y[2:], ref_embeddings=x, ref_labels=y, ref_offset=offset) == 0
+    assert loss(x[2:], y[2:], ref_embeddings=x, ref_labels=y, ref_offset=0) > 0
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, *UNSIGNED], ids=name)
+def test_forms_of_triplets(rng, device, backend, dtype):
+    """Any three index tensors, or one [T, 3] of them, of any integer dtype and any strides."""
+    x, r = (rows(rng, count, 4, device=device) for count in (9, 7))
+    index = row_numbers(rng, 12, 9, 7, 7, device=device)
+    expected = functional.indexed_triplet_loss(x, Triplets(*index), ref_embeddings=r)
+    narrow = [i.to(dtype) for i in index]
+    one = torch.stack(narrow, 1)
+    mixed = (index[0], narrow[1], narrow[2])
+    for triplets in (Triplets(*narrow), tuple(narrow), narrow, mixed, one, torch.stack(narrow).t()):
+        assert_same(functional.indexed_triplet_loss(x, triplets, ref_embeddings=r), expected)
+        assert_same(loss(x, triplets=triplets, ref_embeddings=r), expected)
+    assert functional.indexed_triplet_loss(x, one[:0], ref_embeddings=r) == 0
+
+
 # --- strides --------------------------------------------------------------------------------------------------
 
 
@@ -481,9 +587,6 @@ def test_nothing_is_written_to(rng, device, backend):
 
 
 # --- labels ---------------------------------------------------------------------------------------------------
-
-INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64]
-UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS + UNSIGNED, ids=name)

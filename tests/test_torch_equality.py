@@ -103,10 +103,11 @@ def test_kinks(rng, device, backend, p):
 
 
 def test_the_derivative_at_the_margin_by_hand(device, backend):
-    """torch.nn says 1 where t = 0 before 2.14, unlike TripletLoss, and halves where the swap ties."""
+    """torch.nn says 1 where t = 0 before 2.14, unlike TripletLoss, and halves where the swap ties. Distances are powers
+    of two, so that their reciprocals are exact, and with them the gradients, also in fused multiply-adds."""
     t = torch.zeros(1, requires_grad=True)
     slope = torch.autograd.grad(t.clamp_min(0), t)[0].item()
-    a, p, n = (torch.tensor([[v]], device=device, dtype=torch.float64, requires_grad=True) for v in (0.0, 1.0, 3.0))
+    a, p, n = (torch.tensor([[v]], device=device, dtype=torch.float64, requires_grad=True) for v in (0.0, 2.0, 4.0))
     loss = TripletMarginLoss(margin=2.0, eps=0.0)(a, p, n)
     assert loss == 0 and [g.item() for g in torch.autograd.grad(loss, (a, p, n))] == [0.0, slope, -slope]
     p, n = (torch.tensor([[v]], device=device, dtype=torch.float64, requires_grad=True) for v in (4.0, 2.0))

@@ -13,6 +13,7 @@ from common import DISTANCES, REDUCTIONS, assert_gradient, assert_same, assert_v
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from triplet_ext import TripletLoss, TripletMarginLoss, Triplets, _ops, functional, reference
 
@@ -295,6 +296,87 @@ def test_no_synchronisation_on_a_gpu(rng):
             assert criterion.stats.active.is_cuda
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# --- what a backward reads ------------------------------------------------------------------------------------
+
+
+def differentiable_calls(rng, device):
+    """(name, function of the inputs, those inputs) through each Function, losses that nothing follows."""
+    x, r = (rows(rng, count, 6, torch.float32, device=device) for count in (24, 30))
+    y = torch.arange(24, device=device) // 3
+    z = torch.cat([y, y[:6]])
+    three = [rows(rng, 20, 6, torch.float32, device=device) for _ in range(3)]
+    triplets = Triplets(*row_numbers(rng, 40, 24, 24, 24, device=device))
+    more = dict(ref_labels=z)
+    yield "explicit", TripletLoss(distance="cosine", swap=True), three
+    yield "drop-in", TripletMarginLoss(p=3), three
+    yield "indexed", lambda v: TripletLoss(soft_margin=True)(v, triplets=triplets), [x]
+    yield "batch_hard", lambda v: TripletLoss()(v, y), [x]
+    yield "batch_hard, references", lambda v, w: TripletLoss()(v, y, ref_embeddings=w, **more), [x, r]
+    yield "batch_all", lambda v: TripletLoss(mining="batch_all")(v, y), [x]
+    batch_all = TripletLoss(mining="batch_all", reduction="mean_active")
+    yield "batch_all, references", lambda v, w: batch_all(v, y, ref_embeddings=w, **more), [x, r]
+
+
+def first_and_second(function, inputs):
+    """Gradients by backward(), then with create_graph, then those of a penalty on these."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    function(*inputs).backward()
+    first = [x.grad for x in inputs]
+    graph = torch.autograd.grad(function(*inputs), inputs, create_graph=True)
+    second = torch.autograd.grad(sum((g**2).sum() for g in graph), inputs)
+    return [*first, *(g.detach() for g in graph), *second]
+
+
+def test_checkpointing(rng, device, backend):
+    """What was not kept is computed again, in the middle of a backward."""
+    layer = torch.nn.Linear(6, 5, device=device)
+    for name, function, inputs in differentiable_calls(rng, device):
+
+        def model(*rows, function=function):
+            return function(*(torch.tanh(layer(x)) for x in rows))
+
+        expected = first_and_second(model, inputs)
+        got = first_and_second(lambda *rows, model=model: checkpoint(model, *rows, use_reentrant=False), inputs)
+        for a, b in zip(got, expected):
+            assert torch.equal(a, b), name
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        checkpoint(model, *leaves, use_reentrant=True).backward()  # this kind has backward() alone
+        for x, b in zip(leaves, expected):
+            assert torch.equal(x.grad, b), name
+
+
+def test_saved_tensors_are_read_once(rng, device, backend):
+    """Each unpacking may be a copy from another device or from a disk."""
+    for name, function, inputs in differentiable_calls(rng, device):
+        expected = first_and_second(function, inputs)
+        unpacked = []
+
+        def pack(x, unpacked=unpacked):
+            unpacked.append(0)
+            return len(unpacked) - 1, x.detach().clone()
+
+        def unpack(packed, unpacked=unpacked):
+            unpacked[packed[0]] += 1
+            return packed[1]
+
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            loss = function(*leaves)
+        loss.backward()
+        assert unpacked and set(unpacked) == {1}, name
+        for x, b in zip(leaves, expected):
+            assert torch.equal(x.grad, b), name
+
+
+def test_offloading(rng, device, backend):
+    for name, function, inputs in differentiable_calls(rng, device):
+        expected = first_and_second(function, inputs)
+        with torch.autograd.graph.save_on_cpu():
+            got = first_and_second(function, inputs)
+        for a, b in zip(got, expected):
+            assert torch.equal(a, b), name
 
 
 # --- precision and scalers ------------------------------------------------------------------------------------

@@ -14,6 +14,10 @@ from .reference import DISTANCES, REDUCTIONS
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FLOATING_NAMES = "float32, float64, float16 or bfloat16"
+_INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 
 
 def _kind(value: object) -> str:
@@ -42,28 +46,36 @@ def flag(name: str, value: object) -> bool:
     raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def _real(name: str, value: object) -> Union[int, float]:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if not hasattr(value, "__float__") or isinstance(value, (bool, np.bool_, np.ndarray, str, Tensor)):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    return float(value)  # NumPy's scalars
+
+
 def margin(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        if not hasattr(value, "__float__") or isinstance(value, (bool, str, Tensor)):
-            raise TypeError(f"margin must be a number, got {_kind(value)}")
-        value = float(value)  # NumPy's scalars
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"margin must be finite and at least 0, got {value}")
-    return float(value)
+    number = _real("margin", value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"margin must be finite and at least 0, got {number}")
+    return float(number)
 
 
 def number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {_kind(value)}")
-    if math.isnan(value):
+    number = _real(name, value)
+    if math.isnan(number):
         raise ValueError(f"{name} must be a number, got nan")
-    return float(value)
+    return float(number)
+
+
+def _integer(name: str, value: object, or_else: str = "") -> int:
+    if isinstance(value, (bool, np.bool_, np.ndarray, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer{or_else}, got {_kind(value)}")
+    return operator.index(value)
 
 
 def count(name: str, value: object) -> int:
-    if isinstance(value, (bool, np.bool_, np.ndarray, Tensor)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {_kind(value)}")
-    number = operator.index(value)
+    number = _integer(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
     return number
@@ -97,6 +109,10 @@ def p_norm_options(margin_value: object, p: object, eps: object, swap: object, r
 
 def _tensor(name: str, value: object) -> Tensor:
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_nested:
+            if value.is_nested:
+                raise TypeError(f"{name} must be a dense tensor, got a nested one; to_padded_tensor() makes one")
+            raise TypeError(f"{name} must be a dense tensor, got {value.layout}; to_dense() makes one")
         return value
     hint = "; torch.from_numpy makes one" if _kind(value) == "numpy.ndarray" else ""
     raise TypeError(f"{name} must be a torch.Tensor, got {_kind(value)}{hint}")
@@ -119,7 +135,7 @@ def _matrix(name: str, value: object, rows: str) -> Tensor:
 def _integers(name: str, value: object, length: int, rows: str, of: str) -> Tensor:
     """Labels as 64-bit values, on the device that they came on."""
     x = _tensor(name, value)
-    if x.is_floating_point() or x.is_complex():
+    if x.dtype not in _INTEGERS and x.dtype != torch.bool:
         raise TypeError(f"{name} must be integers, got {x.dtype}")
     if x.dim() != 1 or x.shape[0] != length:
         raise ValueError(f"{name} must have shape [{rows}] = [{length}], one for each row of {of}, got {_shape(x)}")
@@ -192,7 +208,7 @@ def batch(
     _same("ref_labels", z, "embeddings", x, dtype=False)
     if ref_offset is not None:
         if isinstance(ref_offset, bool) or not isinstance(ref_offset, (int, torch.SymInt)):
-            raise TypeError(f"ref_offset must be an integer or None, got {_kind(ref_offset)}")
+            ref_offset = _integer("ref_offset", ref_offset, " or None")
         if not 0 <= ref_offset <= references.shape[0] - x.shape[0]:
             raise ValueError(
                 f"ref_offset must place the {x.shape[0]} embeddings inside the {references.shape[0]} references,"
@@ -218,19 +234,39 @@ def batch_or_arrays(embeddings: object, labels: object) -> tuple[Tensor, Tensor]
     return batch(embeddings, labels, None, None, None)[:2]
 
 
+def _three(triplets: object) -> tuple[object, object, object]:
+    """The rows anchor, positive, negative of what names triplets."""
+    if isinstance(triplets, Tensor):
+        x = _tensor("triplets", triplets)
+        if x.dim() != 2 or x.shape[1] != 3:
+            raise ValueError(f"triplets must have shape [T, 3] where they are one tensor, got {_shape(x)}")
+        anchor, positive, negative = x.unbind(1)
+        return anchor, positive, negative
+    if isinstance(triplets, (tuple, list)) and len(triplets) == 3:
+        anchor, positive, negative = triplets
+        return anchor, positive, negative
+    got = _kind(triplets)
+    if isinstance(triplets, (tuple, list)):
+        got += f" of {len(triplets)}"
+    elif got == "numpy.ndarray":
+        got += "; torch.from_numpy makes a tensor"
+    raise TypeError(
+        "triplets must be a triplet_ext.Triplets(anchor, positive, negative), three such tensors [T], or one [T, 3],"
+        f" got {got}"
+    )
+
+
 def indexed(
     embeddings: object, triplets: object, ref_embeddings: object
 ) -> tuple[Tensor, Optional[Tensor], Tensor, Tensor, Tensor]:
-    """Embeddings, references, and three index tensors [T]. Their range is the operators' to check."""
+    """Embeddings, references, and three int64 index tensors [T]. Their range is the operators' to check."""
     x, references = _references(_matrix("embeddings", embeddings, "B"), ref_embeddings)
-    if not isinstance(triplets, (tuple, list)) or len(triplets) != 3:
-        raise TypeError(f"triplets must be a triplet_ext.Triplets(anchor, positive, negative), got {_kind(triplets)}")
     indices: list[Tensor] = []
-    for name, value in zip(("anchor", "positive", "negative"), triplets):
-        name = "triplets." + name
+    for name, value in zip(("anchor", "positive", "negative"), _three(triplets)):
+        name = "triplets" if isinstance(triplets, Tensor) else "triplets." + name
         index = _tensor(name, value)
-        if index.dtype != torch.int64:
-            raise TypeError(f"{name} must be torch.int64, got {index.dtype}")
+        if index.dtype not in _INTEGERS:
+            raise TypeError(f"{name} must be integers, got {index.dtype}")
         if index.dim() != 1:
             raise ValueError(f"{name} must have shape [T], got {_shape(index)}")
         if indices and index.shape != indices[0].shape:
@@ -238,7 +274,7 @@ def indexed(
                 f"{name} must have the shape of triplets.anchor, {_shape(indices[0])}, got {_shape(index)}"
             )
         _same(name, index, "embeddings", x, dtype=False)
-        indices.append(index)
+        indices.append(index.to(torch.int64))
     return x, references, indices[0], indices[1], indices[2]
 
 

@@ -9,6 +9,7 @@ The operators carry no autograd formula (``_autograd.py`` does), so they are pri
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -102,6 +103,29 @@ def _(embeddings, labels, references, *rest):
 def _(grad, embeddings, labels, references, *rest):
     own = embeddings.new_empty(embeddings.shape)
     return own, embeddings.new_empty(0) if references is None else references.new_empty(references.shape)
+
+
+# --- vmap -----------------------------------------------------------------------------------------------------
+
+
+def each_sample(function, info, in_dims, *arguments):
+    """A rule for torch.func.vmap: one call of a function of tensors for each sample."""
+
+    def sample(i):
+        return [x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims)]
+
+    if info.batch_size == 0:  # a sample of zeros tells the shapes
+        arguments = [
+            x if dim is None else x.new_zeros((*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+            for x, dim in zip(arguments, in_dims)
+        ]
+    results = [function(*sample(i)) for i in range(max(1, info.batch_size))]
+    return tuple(torch.stack(tensors)[: info.batch_size] for tensors in zip(*results)), 0
+
+
+for _name in SCHEMAS:
+    _operator = getattr(torch.ops.triplet_ext, _name).default
+    torch.library.register_vmap(_operator, functools.partial(each_sample, _operator), lib=_library)
 
 
 # --- the compiled library -------------------------------------------------------------------------------------

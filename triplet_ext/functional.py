@@ -7,14 +7,15 @@ Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification, 2017)
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Union
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
 from . import _checks
 from ._autograd import ExplicitTripletLoss, IndexedTripletLoss, MinedTripletLoss
-from .mining import Mining, Triplets, select, strategy
+from .mining import AnyTriplets, Mining, select, strategy
 
 __all__ = ["TripletStats", "indexed_triplet_loss", "mined_triplet_loss", "triplet_loss"]
 
@@ -40,8 +41,23 @@ class TripletStats(NamedTuple):
 
 def stats_of(packed: Tensor) -> TripletStats:
     """The operators' five numbers, by name."""
-    counts = packed[:3].to(torch.int64)
-    return TripletStats(*counts.unbind(), *packed[3:].unbind())
+    if not (transforming() or torch.compiler.is_compiling()):
+        packed = torch.func.debug_unwrap(packed)  # of a call in a transform that is over
+    counts = packed[..., :3].to(torch.int64)
+    return TripletStats(*counts.unbind(-1), *packed[..., 3:].unbind(-1))
+
+
+# Whether a transform of torch.func is running; torch.autograd.Function asks the same way.
+transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def _apply(function: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """function.apply: the loss and the packed statistics."""
+    if transforming():
+        from . import _transforms
+
+        return _transforms.apply(function, *arguments)
+    return function.apply(*arguments)
 
 
 # The functions below return (loss, packed statistics) to the modules, and the loss alone to everyone else.
@@ -53,8 +69,8 @@ def explicit_with_stats(anchor, positive, negative, options, p, eps) -> tuple[Te
     if anchor.dim() != 2:
         count = shape.numel()  # reshape can't infer it where D is 0
         anchor, positive, negative = (x.reshape(count, width) for x in (anchor, positive, negative))
-    loss, stats = ExplicitTripletLoss.apply(
-        anchor, positive, negative, margin, distance, p, eps, swap, soft_margin, reduction
+    loss, stats = _apply(
+        ExplicitTripletLoss, anchor, positive, negative, margin, distance, p, eps, swap, soft_margin, reduction
     )
     if reduction == "none" and len(shape) != 1:
         loss = loss.reshape(shape)
@@ -74,20 +90,21 @@ def check_swap(swap: bool, rules: Mining) -> None:
 def mined_with_stats(batch, rules: Mining, options) -> tuple[Tensor, Tensor]:
     margin, distance, swap, soft_margin, reduction = options
     if "all" in (rules.positive, rules.negative):
-        return MinedTripletLoss.apply(
-            *batch, rules.positive, rules.negative, margin, distance, swap, soft_margin, reduction
+        return _apply(
+            MinedTripletLoss, *batch, rules.positive, rules.negative, margin, distance, swap, soft_margin, reduction
         )
     embeddings, labels, references, reference_labels, offset = batch
     others = None if references is None else references.detach()
     positive, negative = select((embeddings.detach(), labels, others, reference_labels, offset), distance, rules)
-    return IndexedTripletLoss.apply(
-        embeddings, references, None, positive, negative, margin, distance, swap, soft_margin, reduction
+    return _apply(
+        IndexedTripletLoss,
+        *(embeddings, references, None, positive, negative, margin, distance, swap, soft_margin, reduction),
     )
 
 
 def indexed_with_stats(inputs, options) -> tuple[Tensor, Tensor]:
     margin, distance, swap, soft_margin, reduction = options
-    return IndexedTripletLoss.apply(*inputs, margin, distance, swap, soft_margin, reduction)
+    return _apply(IndexedTripletLoss, *inputs, margin, distance, swap, soft_margin, reduction)
 
 
 def triplet_loss(
@@ -176,7 +193,7 @@ def mined_triplet_loss(
 
 def indexed_triplet_loss(
     embeddings: Tensor,
-    triplets: Triplets,
+    triplets: AnyTriplets,
     *,
     margin: float = 1.0,
     distance: str = "squared_euclidean",
@@ -189,7 +206,8 @@ def indexed_triplet_loss(
 
     Args:
         embeddings: [B, D], float32, float64, float16 or bfloat16, any strides.
-        triplets: :class:`triplet_ext.Triplets` of int64 tensors [T].
+        triplets: :class:`triplet_ext.Triplets` or another tuple or list of three tensors [T], anchor, positive,
+            negative; or one tensor [T, 3]. Any integer dtype.
         margin, distance, soft_margin, swap, reduction: see :func:`triplet_loss`; ``"none"`` gives [T].
         ref_embeddings: [R, D]: what ``positive`` and ``negative`` index. Default: the embeddings.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks, functional
 from .functional import TripletStats
-from .mining import Mining, Triplets, strategy
+from .mining import AnyTriplets, Mining, strategy
 from .reference import P_NORM
 
 
@@ -22,7 +22,7 @@ class TripletLoss(torch.nn.Module):
         loss(anchor, positive, negative)                 # three [..., D]
         loss(embeddings, labels)                         # [B, D] and [B]: mines the triplets
         loss(embeddings, labels, ref_embeddings=memory, ref_labels=memory_labels)
-        loss(embeddings, triplets=Triplets(a, p, n))     # row numbers
+        loss(embeddings, triplets=Triplets(a, p, n))     # row numbers, of integers [T] each, or one tensor [T, 3]
         loss.stats.active                                # of the last call, without waiting for the device
 
     Args:
@@ -74,6 +74,9 @@ class TripletLoss(torch.nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stats": None}
 
+    def __prepare_scriptable__(self) -> None:
+        _refuse_to_be_scripted(self)
+
     if TYPE_CHECKING:
 
         @overload
@@ -90,7 +93,7 @@ class TripletLoss(torch.nn.Module):
         ) -> Tensor: ...
         @overload
         def __call__(
-            self, embeddings: Tensor, *, triplets: Triplets, ref_embeddings: Optional[Tensor] = None
+            self, embeddings: Tensor, *, triplets: AnyTriplets, ref_embeddings: Optional[Tensor] = None
         ) -> Tensor: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -100,7 +103,7 @@ class TripletLoss(torch.nn.Module):
         labels: Optional[Tensor] = None,
         negative: Optional[Tensor] = None,
         *,
-        triplets: Optional[Triplets] = None,
+        triplets: Optional[AnyTriplets] = None,
         ref_embeddings: Optional[Tensor] = None,
         ref_labels: Optional[Tensor] = None,
         ref_offset: Optional[int] = None,
@@ -134,6 +137,11 @@ class TripletLoss(torch.nn.Module):
         if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
             self._stats = stats
         return loss
+
+
+def _refuse_to_be_scripted(loss: torch.nn.Module) -> None:
+    """For __prepare_scriptable__, which is what torch.jit.script calls first."""
+    raise TypeError(f"torch.jit.script does not take a {type(loss).__name__}: use torch.compile or torch.export")
 
 
 def _count(*arguments: Optional[Tensor]) -> int:
@@ -178,6 +186,9 @@ class TripletMarginLoss(torch.nn.TripletMarginLoss):
     ) -> None:
         super().__init__(margin, p, eps, swap, size_average, reduce, reduction)
         _checks.p_norm_options(margin, p, eps, swap, self.reduction)
+
+    def __prepare_scriptable__(self) -> None:
+        _refuse_to_be_scripted(self)
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         options = (self.margin, P_NORM, self.swap, False, self.reduction)

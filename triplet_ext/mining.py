@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
 
@@ -19,6 +20,9 @@ class Triplets(NamedTuple):
     positive: Tensor
     negative: Tensor
 
+
+# What a loss takes for triplets: three index tensors [T], or one [T, 3], of any integer dtype.
+AnyTriplets = Union[Triplets, Sequence[Tensor], Tensor]
 
 POSITIVE_RULES = ("hard", "easy", "all")
 NEGATIVE_RULES = ("hard", "semi_hard", "all")

@@ -283,7 +283,7 @@ def _gather(embeddings, references, anchor, positive, negative):
         padded = torch.nn.functional.pad(source.to(dtype), (0, 0, 0, 1))
         inside = (index >= 0) & (index < source.shape[0])
         index = torch.where(inside, index, source.shape[0])
-        row = padded.index_select(0, index)
+        row = _rows(padded, index)
         if valid is None:
             row = torch.where(inside.unsqueeze(-1), row, math.nan)
         rows.append(row)
@@ -311,12 +311,43 @@ def indexed_triplet_loss(
     return _reduce(losses, stats, reduction), torch.stack(distances), stats
 
 
+# Where several terms are added to one element, their order decides the last bits; so it does in the gradient of reading
+# elements by an index. On the CPU index_add and scatter_add keep an order, and index_put does not; on CUDA index_put
+# does, which sorts, and the others do not. The gradient of each reading is the addition of its own line.
+
+
+def _in_order(x: Tensor) -> bool:
+    """Whether it is index_add and scatter_add that keep an order on the device of x."""
+    return x.device.type == "cpu"
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], [N, D], [T] -> [T, D]."""
+    return x.index_select(0, index) if _in_order(x) else x[index]
+
+
 def _scatter(index: Tensor, rows: Tensor, count: int) -> Tensor:
     """Sum of the rows of each index, [T], [T, D] -> [count, D], in a fixed order."""
     out = rows.new_zeros(count, rows.shape[1])
-    if rows.device.type == "cpu":
-        return out.index_add(0, index, rows)  # serial over the index, hence deterministic
-    return out.index_put((index,), rows, accumulate=True)  # sorts, hence deterministic
+    if _in_order(rows):
+        return out.index_add(0, index, rows)
+    return out.index_put((index,), rows, accumulate=True)
+
+
+def _row_numbers(index: Tensor) -> Tensor:
+    return torch.arange(index.shape[0], device=index.device)[:, None].expand_as(index)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x[i, index[i, k]], [b, N], [b, K] -> [b, K]."""
+    return x.gather(1, index) if _in_order(x) else x[_row_numbers(index), index]
+
+
+def _add(x: Tensor, index: Tensor, terms: Tensor) -> Tensor:
+    """x with the terms added at x[i, index[i, k]], in a fixed order: [b, N], [b, K], [b, K] -> [b, N]."""
+    if _in_order(x):
+        return x.scatter_add(1, index, terms)
+    return x.index_put((_row_numbers(index), index), terms, accumulate=True)
 
 
 def indexed_triplet_loss_backward(
@@ -556,18 +587,18 @@ class _Rows(NamedTuple):
 def _mined_rows(d: Tensor, taken: Tensor, is_negative: Tensor, negative: str, measure: Measure) -> _Rows:
     """Of the triplets (a, p, n) with p among `taken` and n by the rule for negatives."""
     p, there = _columns(taken)  # [b, K]
-    d_ap = d.gather(1, p)
+    d_ap = _take(d, p)
     zero = torch.zeros_like(d)
     if negative != "all":
         if negative == "hard":
             n = _extreme(d, is_negative, False)[:, None].expand_as(p)
         else:
             n = _semi_hard(d, is_negative, d_ap)
-        d_an = d.gather(1, n)
+        d_an = _take(d, n)
         t = d_ap - d_an + measure.margin
         losses = torch.where(there, _loss(t, measure), 0)
         slope = torch.where(there, _slope(t, measure), 0)
-        weights = zero.scatter_add(1, p, slope).scatter_add(1, n, -slope)
+        weights = _add(_add(zero, p, slope), n, -slope)
         summed = [torch.where(there, of, 0).sum(1) for of in (d_ap, d_an)]
         return _Rows(losses.sum(1), weights, taken.sum(1), (losses > 0).sum(1), *summed)
     count_p, count_n = taken.sum(1), is_negative.sum(1)
@@ -582,18 +613,18 @@ def _mined_rows(d: Tensor, taken: Tensor, is_negative: Tensor, negative: str, me
             each = torch.where(pairs, _loss(excess, measure), 0)
             slope = torch.where(pairs, _slope(excess, measure), 0)
             losses, active = losses + each.sum(1), active + (each > 0).sum(1)
-            weights = (weights - slope).scatter_add(1, p[:, k, None], slope.sum(1, keepdim=True))
+            weights = _add(weights - slope, p[:, k, None], slope.sum(1, keepdim=True))
         return _Rows(losses, weights, triplets, active, *sums)
     # Hinge: of p, the negatives nearer than d_ap + m are active; of n, the positives with d_ap + m above d_an.
     ordered = d.masked_fill(~is_negative, math.inf).sort(1)[0]
     below = torch.searchsorted(ordered, t.contiguous()).minimum(count_n[:, None])
-    before = torch.nn.functional.pad(torch.where(ordered.isfinite(), ordered, 0).cumsum(1), (1, 0))
-    losses = torch.where(there, below * t - before.gather(1, below), 0)
     below = torch.where(there, below, 0)
     thresholds = t.masked_fill(~there, -math.inf).sort(1)[0].contiguous()
     above = p.shape[1] - torch.searchsorted(thresholds, d.contiguous(), right=True)
-    weights = torch.where(is_negative, -above, 0).to(d.dtype).scatter_add(1, p, below.to(d.dtype))
-    return _Rows(losses.sum(1), weights, triplets, below.sum(1), *sums)
+    above = torch.where(is_negative, above, 0)
+    losses = torch.where(below > 0, below * t, 0).sum(1) - torch.where(above > 0, above * d, 0).sum(1)
+    weights = _add(-above.to(d.dtype), p, below.to(d.dtype))
+    return _Rows(losses, weights, triplets, below.sum(1), *sums)
 
 
 def _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure):

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "cpu/interrupt.h"
 #include "ops.h"
 
 namespace triplet_ext {
@@ -53,9 +54,16 @@ static pybind11::dict build_info() {
   return info;
 }
 
+// Operators run without the lock of Python's interpreter.
+static void check_signals() {
+  const pybind11::gil_scoped_acquire lock;
+  if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+}
+
 }  // namespace triplet_ext
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of triplet_ext";
+  triplet_ext::set_interrupt_check(&triplet_ext::check_signals);
   m.def("build_info", &triplet_ext::build_info, "What this library was built with");
 }

@@ -258,20 +258,24 @@ struct Problem {
   Side<T>& a;  // anchors
   Side<T>& r;  // references; the anchors themselves if symmetric
   bool symmetric, cosine;
-  double scale;  // common to all rows, unless the distance is the cosine
+  double largest;  // |x| of the rows that are finite
+  double scale;    // common to all rows, unless the distance is the cosine
   std::vector<T> centre;
   std::vector<int64_t> self;         // of an anchor among the references, or -1: original -> original
   std::vector<Lane<T>> packed_self;  // packed -> packed
 
-  // `most`: the exponent of the largest scale.
-  Problem(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool cosine, int most)
+  // `most`: the exponent of the largest scale. `headroom`: that up to which packed rows may grow, rather than small
+  // distances be lost beside large rows.
+  Problem(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool cosine, int most, int headroom = 0)
       : a(a), r(references ? *references : a), symmetric(!references), cosine(cosine) {
     classify(a, references);
-    T largest = a.inspect(cosine);
-    if (references) largest = std::max(largest, r.inspect(cosine));
+    largest = a.inspect(cosine);
+    if (references) largest = std::max(largest, double(r.inspect(cosine)));
     // Powers of two are exact, and keep squares far from the ends of the range.
     constexpr int kLeast = 2 - std::numeric_limits<T>::max_exponent;
-    scale = largest > 0 ? std::ldexp(1.0, std::clamp(-std::ilogb(largest), kLeast, most)) : 1;
+    const int exponent = largest > 0 ? std::ilogb(largest) : 0;
+    const int down = std::max(std::min(exponent, headroom), exponent - headroom);
+    scale = std::ldexp(1.0, std::clamp(-down, kLeast, most));
     centre = r.centre(scale);
     a.pack(scale, centre);
     if (references) r.pack(scale, centre);

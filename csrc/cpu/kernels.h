@@ -109,6 +109,8 @@ struct Pairing {
 template <typename T>
 struct Thresholds {
   const T* values = nullptr;  // then infinity, up to a power of two less 1
+  const T* of = nullptr;      // y of the positives, where the margin is in the values: t > 0 where y > value
+  T shift = 0;                // the margin in units of y: t is (y - of) + shift, of which rounding takes less
   const T* sums =
       nullptr;  // [count + 1]: of the first so many less `middle`, lest digits cancel; only of all negatives
   T middle = 0;
@@ -119,10 +121,31 @@ constexpr int kFewThresholds = 16;
 
 // What the loss takes of an anchor's negatives.
 struct Excess {
-  double loss = 0;      // the sum of max(0, y - threshold), or of log(1 + exp(unit * (y - threshold)))
+  double loss = 0;      // the sum of max(0, y - threshold); with the soft margin, of log(1 + exp(t))
   double distance = 0;  // the sum of y
   int64_t active = 0;   // triplets with a loss above 0
 };
+
+// An anchor's thresholds where the margin is soft: t = (y - middle) * unit[0] * unit[1] - threshold. The unit in two
+// parts, for their product may be beyond the range.
+template <typename T>
+struct SoftThresholds {
+  Thresholds<T> thresholds;  // of `middle` 0
+  T middle;
+  T unit[2];
+};
+
+// Room for what is made of a row of y, and of the thresholds.
+template <typename T>
+struct SoftRoom {
+  T *z, *point, *weight;      // [columns + kSoftStep] each
+  double* sums;               // the same
+  int32_t *place, *interval;  // the same
+  T *up, *down;               // [thresholds + kSoftStep] each
+  double* linear;             // the same
+  int32_t* start;             // the same
+};
+constexpr int64_t kSoftStep = 64;
 
 // How far the value v = -d/2 of a pair, as the tile engine computes it, may be from the true one: two values that
 // differ by more than error(norm, d) compare as the true ones do. From
@@ -241,25 +264,34 @@ struct Kernels {
   void (*row_distances)(const Pairing<T>& pairing, int64_t i, int64_t begin, int64_t end, T* y);
   // One panel of anchors against panels [begin, end), negatives only. thresholds, excess, candidates: [panel]; marks
   // and weights: of this panel of anchors.
-  //   excess   adds to `excess`, and marks the tiles with an active triplet
-  //   nearest  collects `candidates`
-  //   weigh    writes the tiles that are marked, but for pairs that are close, as long as there is room for these, and
-  //   the
-  //            sums of an anchor's weights of each threshold to `pulls` [count]
+  //   excess     adds to `excess`, and marks the tiles with an active triplet
+  //   nearest    collects `candidates`
+  //   weigh      writes the tiles that are marked, but for pairs that are close, as long as there is room for these,
+  //   and
+  //              the sums of an anchor's weights of each threshold to `pulls` [count]
+  //   negatives  y of the tiles that are marked (of all, without marks): [panel][stride], from `begin` on; NaN for all
+  //              else in rows of tiles in which an anchor has thresholds
   void (*excess)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
-                 bool soft, double unit, Excess* excess, Marks marks);
+                 Excess* excess, Marks marks);
   void (*nearest)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
                   const RoundingBound& bound, Candidates<T>* candidates);
   void (*weigh)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
-                bool soft, double unit, const T* weight, double* const* pulls, Marks marks, Weights<T> weights,
-                Pairs<T>* close);
+                const T* weight, double* const* pulls, Marks marks, Weights<T> weights, Pairs<T>* close);
+  void (*negatives)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
+                    Marks marks, T* y, int64_t stride);
+  // The same as excess and weigh with the soft margin, for one anchor, `row` of the panel or packed i, and its y.
+  void (*soft_excess)(const SoftThresholds<T>& own, int64_t row, int64_t begin, int64_t end, const T* y,
+                      SoftRoom<T> room, Excess* excess, Marks marks);
+  void (*soft_weigh)(const Pairing<T>& pairing, const SoftThresholds<T>& own, int64_t i, int64_t begin, int64_t end,
+                     const T* y, SoftRoom<T> room, T weight, double* pulls, Marks marks, Weights<T> weights,
+                     Pairs<T>* close);
   // With the weights w of the marked tiles: out of an anchor -= w row of the reference, panels [begin, end) for one
   // tile's rows of anchors; and the other way round for one panel of references and `groups` tiles' rows of anchors.
   // `rows` and `out` are `width` wide, a multiple of the panel. Adds the weights' sums to `sums`.
   void (*pull_anchors)(Weights<T> weights, Marks marks, int64_t begin, int64_t end, const T* rows, int64_t width,
-                       T* out, T* sums);
+                       T* out, double* sums);
   void (*pull_references)(Weights<T> weights, Marks marks, int64_t groups, int64_t panel, const T* rows, int64_t width,
-                          T* out, T* sums);
+                          T* out, double* sums);
 
   // Triplets [begin, end): writes distances and, where not nullptr, losses; returns sums over them.
   void (*forward)(const TripletTask<T>& task, int64_t begin, int64_t end, T* losses, double* sums);

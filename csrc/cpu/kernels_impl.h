@@ -240,36 +240,96 @@ static void backward(const TripletTask<T>& task, int64_t begin, int64_t end, con
   }
 }
 
+// A sum of T, a float64 for each lane or two: of many equal terms, one of T would round the same way each time. Terms
+// are added up in T a few at a time before they come here.
 template <typename T>
-static void gather(const T* row, int64_t depth, bool cosine, const Pull<T>* pulls, int64_t count, T* grad) {
+struct Total {
+  Simd<double>::V lanes[sizeof(double) / sizeof(T)];
+};
+
+TRIPLET_INLINE Simd<double>::V load_double(const float* p) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Simd<double>::V);
+}
+TRIPLET_INLINE Simd<double>::V load_double(const double* p) { return load(p); }
+
+template <typename T>
+TRIPLET_INLINE void add(Total<T>& total, typename Simd<T>::V terms) {
+  T lanes[kWidth<T>];
+  store(lanes, terms);
+  for (size_t i = 0; i < sizeof(double) / sizeof(T); ++i) total.lanes[i] += load_double(lanes + i * kWidth<double>);
+}
+
+template <typename T>
+TRIPLET_INLINE double sum(const Total<T>& total) {
+  auto lanes = total.lanes[0];
+  for (size_t i = 1; i < sizeof(double) / sizeof(T); ++i) lanes += total.lanes[i];
+  return sum<double>(lanes);
+}
+
+constexpr int kPieceTerms = 64;  // of a gradient that are added up in T
+
+// Where in a row an element is, or a vector.
+template <typename T>
+struct ElementAt {
+  int64_t k;
+  __attribute__((always_inline)) T operator()(const T* row) const { return row[k]; }
+};
+template <typename T>
+struct VectorAt {
+  int64_t k;
+  __attribute__((always_inline)) typename Simd<T>::V operator()(const T* row) const { return load(row + k); }
+};
+
+// grad = the sum of term(e, at) over e < count, where at(row) is what of a row is asked for.
+template <typename T, typename F>
+TRIPLET_INLINE void add_up(int64_t depth, int64_t count, T* grad, F term) {
   using V = typename Simd<T>::V;
   constexpr int W = kWidth<T>, kChunk = 4;
-  if (cosine) {
-    clear(grad, depth);
-    if (!count) return;
-    const Unit<T> u = unit_of(row, depth);
-    for (int64_t e = 0; e < count; ++e) {
-      const Unit<T> v = unit_of(pulls[e].other, depth);
-      const T weight = pulls[e].weight * u.inverse, along = u.lack > 0 ? T(1) : pulls[e].distance;
-      for (int64_t k = 0; k < depth; ++k) {
-        const T x = row[k] * u.inverse;
-        grad[k] += weight * ((x - pulls[e].other[k] * v.inverse) - along * x);
-      }
-    }
-    return;
-  }
   int64_t k = 0;
   for (; k + kChunk * W <= depth; k += kChunk * W) {
-    V s[kChunk] = {}, x[kChunk];
-    for (int c = 0; c < kChunk; ++c) x[c] = load(row + k + c * W);
-    for (int64_t e = 0; e < count; ++e)
-      for (int c = 0; c < kChunk; ++c) s[c] += pulls[e].weight * (x[c] - load(pulls[e].other + k + c * W));
-    for (int c = 0; c < kChunk; ++c) store(grad + k + c * W, s[c]);
+    V s[kChunk] = {};
+    if (count <= kPieceTerms) {
+      for (int64_t e = 0; e < count; ++e)
+        for (int c = 0; c < kChunk; ++c) s[c] += term(e, VectorAt<T>{k + c * W});
+      for (int c = 0; c < kChunk; ++c) store(grad + k + c * W, s[c]);
+      continue;
+    }
+    Total<T> total[kChunk] = {};
+    for (int64_t from = 0; from < count; from += kPieceTerms)
+      for (int c = 0; c < kChunk; ++c) {
+        s[c] = V{};
+        for (int64_t e = from; e < count && e < from + kPieceTerms; ++e) s[c] += term(e, VectorAt<T>{k + c * W});
+        add(total[c], s[c]);
+      }
+    for (int c = 0; c < kChunk; ++c)
+      for (int l = 0; l < W; ++l) grad[k + c * W + l] = T(total[c].lanes[l / kWidth<double>][l % kWidth<double>]);
   }
   for (; k < depth; ++k) {
-    T s = 0;
-    for (int64_t e = 0; e < count; ++e) s += pulls[e].weight * (row[k] - pulls[e].other[k]);
-    grad[k] = s;
+    double total = 0;
+    for (int64_t e = 0; e < count; ++e) total += term(e, ElementAt<T>{k});
+    grad[k] = T(total);
+  }
+}
+
+template <typename T>
+static void gather(const T* row, int64_t depth, bool cosine, const Pull<T>* pulls, int64_t count, T* grad) {
+  if (!cosine) {
+    add_up(depth, count, grad, [=](int64_t e, auto at) __attribute__((always_inline)) {
+      return pulls[e].weight * (at(row) - at(pulls[e].other));
+    });
+    return;
+  }
+  clear(grad, depth);
+  if (!count) return;
+  const Unit<T> u = unit_of(row, depth);
+  for (int64_t e = 0; e < count; ++e) {
+    const Unit<T> v = unit_of(pulls[e].other, depth);
+    const T weight = pulls[e].weight * u.inverse, along = u.lack > 0 ? T(1) : pulls[e].distance;
+    for (int64_t k = 0; k < depth; ++k) {
+      const T x = row[k] * u.inverse;
+      grad[k] += weight * ((x - pulls[e].other[k] * v.inverse) - along * x);
+    }
   }
 }
 
@@ -302,12 +362,6 @@ static T inspect(Rows<T> x, int64_t rows, int64_t depth, uint8_t* is_finite) {
   }
   return largest;
 }
-
-TRIPLET_INLINE Simd<double>::V load_double(const float* p) {
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
-  return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Simd<double>::V);
-}
-TRIPLET_INLINE Simd<double>::V load_double(const double* p) { return load(p); }
 
 // The squared norm of x * scale_x - y * scale_y, in float64.
 template <typename T>
@@ -616,11 +670,13 @@ static void settle(const T* panel, const T* bias, const Panels<T>& b, int64_t b_
 
 #include "strategies_impl.h"
 
+#include "soft_impl.h"
+
 template <typename T>
 static constexpr Kernels<T> make_kernels() {
-  return {kPanel<T>,       kTileRows,          inspect<T>,       square<T>,   pack<T>,    hardest<T>,
-          settle<T>,       exact_square<T>,    row_distances<T>, excess<T>,   nearest<T>, weigh<T>,
-          pull_anchors<T>, pull_references<T>, forward<T>,       backward<T>, gather<T>};
+  return {kPanel<T>,       kTileRows,        inspect<T>,         square<T>,  pack<T>,     hardest<T>,   settle<T>,
+          exact_square<T>, row_distances<T>, excess<T>,          nearest<T>, weigh<T>,    negatives<T>, soft_excess<T>,
+          soft_weigh<T>,   pull_anchors<T>,  pull_references<T>, forward<T>, backward<T>, gather<T>};
 }
 
 }  // namespace

@@ -1,14 +1,13 @@
 // Every strategy but batch-hard. The anchors of a panel go through all references together: first their positives,
 // whose distances become thresholds; then all negatives, tile by tile, compared with these. What a negative adds to the
 // loss and its gradient depends on how many thresholds it passes, so that no pair of a positive and a negative is ever
-// looked at. The gradient is that of the distances' weights W = dloss / dd, a strip of anchors at a time: W times the
-// references for the anchors, and W^T times the anchors for the references, without the tiles in which W is zero.
+// looked at (with the soft margin every pair adds something: see soft_impl.h). The gradient is that of the distances'
+// weights W = dloss / dd, a strip of anchors at a time: W times the references for the anchors, and W^T times the
+// anchors for the references, without the tiles in which W is zero.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
-#include <array>
-#include <atomic>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -16,6 +15,8 @@
 
 #include "../ops.h"
 #include "batch.h"
+#include "interrupt.h"
+#include "pulls.h"
 
 namespace triplet_ext {
 namespace {
@@ -23,6 +24,10 @@ namespace {
 constexpr int64_t kStripBytes = 8 << 20;  // of weights held at a time
 constexpr int64_t kMostPanels = 32;       // whose terms are added up in T
 constexpr int64_t kCloseRoom = 4096;      // pairs of a panel of anchors, of those that a kernel finds
+constexpr int64_t kSoftColumns = 4096;    // negatives that an anchor's sums of the soft margin take at a time
+constexpr int64_t kListed = 1 << 19;      // triplets that are held at a time, of whole panels
+constexpr int64_t kMeasured = 1 << 15;    // of these, what is measured and pulls at a time
+constexpr int64_t kPiece = 256;           // of these, one thread's
 
 // Ascending by y, equal ones as they came.
 template <typename T>
@@ -68,12 +73,44 @@ class Sorter {
   std::vector<uint64_t> keys_, next_;
 };
 
+// Room for what the soft margin takes of a panel of anchors.
+template <typename T>
+class SoftSpace {
+ public:
+  SoftSpace(int64_t panel, int64_t columns, int64_t thresholds)
+      : y_(panel * columns),
+        columns_(3 * (columns + kSoftStep)),
+        thresholds_(2 * (thresholds + kSoftStep)),
+        sums_(columns + kSoftStep),
+        linear_(thresholds + kSoftStep),
+        places_(2 * (columns + kSoftStep)),
+        starts_(thresholds + kSoftStep) {
+    T* of_columns = columns_.get();
+    for (T** to : {&room.z, &room.point, &room.weight})
+      *to = std::exchange(of_columns, of_columns + columns + kSoftStep);
+    room.up = thresholds_.get();
+    room.down = room.up + thresholds + kSoftStep;
+    room.sums = sums_.get();
+    room.linear = linear_.get();
+    room.place = places_.get();
+    room.interval = room.place + columns + kSoftStep;
+    room.start = starts_.get();
+  }
+  T* y() const { return y_.get(); }  // [panel][columns]
+  SoftRoom<T> room;
+
+ private:
+  Buffer<T> y_, columns_, thresholds_;
+  Buffer<double> sums_, linear_;
+  Buffer<int32_t> places_, starts_;
+};
+
 // What is known of a panel of anchors.
 template <typename T>
 struct Group {
   struct Anchor {
     std::vector<std::pair<T, Lane<T>>> positives;  // those taken: y ascending, and the packed reference
-    std::vector<T> values, sums;                   // see Thresholds
+    std::vector<T> values, of, sums;               // see Thresholds
     std::vector<T> certain, floor, value;          // see Candidates
     std::vector<Lane<T>> head, index, next;
     std::vector<int64_t> before;  // the last threshold before each that ever had a candidate
@@ -85,6 +122,9 @@ struct Group {
   std::vector<Thresholds<T>> thresholds;
   std::vector<T> distances, row;
   std::vector<Pair<T>> close;
+  std::optional<SoftSpace<T>> soft;
+  Triplets triplets;  // of an anchor
+  std::vector<T> triplet_distances;
   Sorter<T> sort;
 
   explicit Group(int64_t panel) : anchors(panel), thresholds(panel) {}
@@ -100,9 +140,13 @@ struct Taken {
 template <typename T>
 class Mined {
  public:
+  using Scalar = T;
+
+  // largest: what is beyond it is infinite, a square of a distance or of a norm, and t.
   Mined(Side<T>& anchors, Side<T>* references, std::optional<int64_t> offset, PositiveRule positive,
-        NegativeRule negative, const Measure& measure)
-      : problem_(anchors, references, offset, measure.distance == Distance::Cosine, largest_scale(measure.margin)),
+        NegativeRule negative, const Measure& measure, double largest)
+      : problem_(anchors, references, offset, measure.distance == Distance::Cosine, largest_scale(measure.margin),
+                 kHeadroom),
         a_(problem_.a),
         r_(problem_.r),
         pairing_{a_.view(), r_.view(), measure.distance == Distance::Euclidean},
@@ -113,10 +157,11 @@ class Mined {
         positive_(positive),
         negative_(negative),
         measure_(measure),
+        largest_(largest),
         class_begin_(a_.count),
         class_end_(a_.count) {
-    const double scale = problem_.scale;
-    unit_ = problem_.cosine ? 1 : pairing_.root ? 1 / scale : 2 / (scale * scale);
+    if (!problem_.cosine) unit_[0] = 1 / problem_.scale;
+    if (!problem_.cosine && !pairing_.root) unit_[1] = 2 / problem_.scale;
     block_ = std::clamp<int64_t>(kBlockBytes / (panel() * (a_.depth + 1) * int64_t(sizeof(T))), 1, kMostPanels);
     serial_ = double(a_.count) * double(r_.count) * double(a_.depth + 16) < kSerialProducts;
     for (int64_t i = 0, begin = 0, end = 0; i < a_.count; ++i) {
@@ -130,7 +175,16 @@ class Mined {
       class_end_[i] = end;
       most_ = std::max(most_, positive_ == PositiveRule::All ? positives_of(i) : 1);
     }
+    const double root = std::sqrt(largest_), far = problem_.cosine ? 2 : 4 * a_.depth * std::pow(problem_.largest, 2);
+    farthest_ = T(problem_.cosine ? -4 : -(pairing_.root ? root : largest_) / unit_[1] / unit_[0]);
+    may_overflow_ = !(far + measure_.margin <= largest_);
+    for (const Side<T>* side : {&a_, &r_})
+      for (int64_t i = 0; i < side->count && problem_.cosine; ++i) may_overflow_ |= norm_overflows(*side, i);
+    if (may_overflow_ && negative_ == NegativeRule::All && !wants_float64()) overflows_ = find_overflows();
   }
+
+  // Whether T is too narrow for the distances between rows as large as these.
+  bool wants_float64() const { return std::is_same_v<T, float> && !problem_.cosine && problem_.scale < 0x1p-32; }
 
   // The positive and the negative of each anchor, where the rules take one of each.
   void select(int64_t* positive, int64_t* negative) const {
@@ -187,9 +241,7 @@ class Mined {
       choose_negatives(p, group);
       each_triplet(p, group, [&](int64_t i, int64_t rank, Taken<T> pos, Taken<T> neg) {
         const int64_t o = a_.order[i];
-        const T t = T((neg.y - pos.y) * unit_ + measure_.margin);
-        const T loss = triplet_loss_of(t, measure_);
-        sums.add(o, loss, -pos.y * unit_, -neg.y * unit_);
+        sums.add(o, triplet_loss_of(excess_of(i, pos, neg), measure_), distance_of(i, pos), distance_of(i, neg));
         if (negatives_fit(width) && (rank == 0 || negative_ == NegativeRule::SemiHard))
           saved[i * width + rank] = int32_t(neg.index);
       });
@@ -197,17 +249,31 @@ class Mined {
     return sums;
   }
 
-  // Every triplet of finite rows as three row numbers, where the rules take one negative of a pair; by panels.
-  std::vector<std::vector<int64_t>> triplets() const {
-    std::vector<std::vector<int64_t>> found(a_.panels);
+  // The same with `swap`, which takes the distance of a positive and a negative: triplet by triplet.
+  Sums forward_swapped() const {
+    Sums sums = no_sums();
     each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
       choose_positives(p, group);
       choose_negatives(p, group);
-      each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
-        for (int64_t row : {a_.order[i], r_.order[pos.index], r_.order[neg.index]}) found[p].push_back(row);
+      const auto add = [&] {
+        const int64_t count = group.triplets.size();
+        group.triplet_distances.resize(3 * count);
+        T* d = group.triplet_distances.data();
+        const TripletTask<T> task = task_of(group.triplets, d);
+        measure(task, 0, count);
+        for (int64_t t = 0; t < count; ++t) {
+          const T an = negative_distance_of(d[count + t], d[2 * count + t], true);
+          sums.add(task.a[t], triplet_loss_of(T(d[t] - an + T(measure_.margin)), measure_), d[t], an);
+        }
+        group.triplets.clear();
+      };
+      each_triplet(p, group, [&](int64_t i, int64_t rank, Taken<T> pos, Taken<T> neg) {
+        if (rank == 0) add();
+        group.triplets.add(a_.order[i], r_.order[pos.index], r_.order[neg.index]);
       });
+      add();
     });
-    return found;
+    return sums;
   }
 
   // weight: what the loss of each anchor counts. grad_r is not looked at where the anchors are their own references.
@@ -250,17 +316,54 @@ class Mined {
         });
       });
       const Strip whole = strip_of(from);
-      each(r_.panels, [&](std::atomic<int64_t>& next) {
-        for (int64_t p; (p = next++) < r_.panels;)
+      pairs.resize(to - from);
+      const Alone alone(pairs, x.get(), depth, r_.panels * P);
+      each(r_.panels, [&](Tasks& tasks) {
+        std::vector<T> room(depth);
+        for (int64_t p; tasks.take(p);) {
           kernels<T>().pull_references(whole.weights, whole.marks, (to - from) * groups, p, x.get() + from * P * depth,
                                        depth, other.rows.get() + p * P * depth, other.sums.data() + p * P);
+          for (int64_t j = p * P; j < (p + 1) * P; ++j)
+            alone.pull(j, r + j * depth, depth, room.data(), other.rows.get() + j * depth);
+        }
       });
-      for (int64_t p = from; p < to; ++p)  // not at once: several may concern one reference
-        for (const Pair<T>& pair : pairs[p - from])
-          pull(pair.weight, r + pair.j * depth, x.get() + pair.i * depth, depth, other.rows.get() + pair.j * depth);
     }
     write(a_, x.get(), on_x, depth, grad_x);
     if (!problem_.symmetric) write(r_, r, on_r, depth, grad_r);
+    poison(grad_x, grad_r);
+  }
+
+  // The same with `swap`. The triplets are those of some panels at a time, and pull in their order.
+  void backward_swapped(const Weight<T>& weight, T* grad_x, T* grad_r) const {
+    const int64_t strip = std::clamp<int64_t>(kListed / (panel() * std::max<int64_t>(1, most_)), 1, a_.panels);
+    Pulls<T> pulls(a_.count, problem_.symmetric ? 0 : r_.count, a_.depth);
+    for (int64_t from = 0; from < a_.panels; from += strip) {
+      const int64_t to = std::min(a_.panels, from + strip);
+      std::vector<Triplets> listed(to - from);
+      each_panel(from, to, [&](int64_t p, Group<T>& group) {
+        choose_positives(p, group);
+        choose_negatives(p, group);
+        each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
+          listed[p - from].add(a_.order[i], r_.order[pos.index], r_.order[neg.index]);
+        });
+      });
+      Triplets some;
+      const auto add = [&] {
+        std::vector<T> distances(3 * some.size());
+        const TripletTask<T> task = task_of(some, distances.data());
+        each((task.count + kPiece - 1) / kPiece, [&](Tasks& tasks) {
+          for (int64_t t; tasks.take(t);) measure(task, t * kPiece, std::min(task.count, (t + 1) * kPiece));
+        });
+        pulls.add(task, [&](int64_t t) { return weight.of(task.a[t]); }, grad_x, grad_r);
+        some.clear();
+      };
+      for (const Triplets& triplets : listed)
+        for (int64_t t = 0; t < triplets.size(); ++t) {
+          some.add(triplets.anchor[t], triplets.positive[t], triplets.negative[t]);
+          if (some.size() == kMeasured) add();
+        }
+      add();
+    }
     poison(grad_x, grad_r);
   }
 
@@ -286,11 +389,38 @@ class Mined {
   // The pulls on the rows of one side, without the part along the row itself, and the sums of their weights.
   struct Pulled {
     Buffer<T> rows;
-    std::vector<T> sums;
+    std::vector<double> sums;
     Pulled(const Side<T>& side, int64_t width) : rows(side.panels * panel() * width), sums(side.panels * panel()) {
       std::fill_n(rows.get(), side.panels * panel() * width, T(0));
     }
   };
+
+  // The pulls of single pairs on references, in the order of the pairs.
+  class Alone {
+   public:
+    Alone(const std::vector<std::vector<Pair<T>>>& pairs, const T* x, int64_t depth, int64_t rows) : start_(rows + 1) {
+      for (const auto& some : pairs)
+        for (const Pair<T>& pair : some) ++start_[pair.j + 1];
+      for (int64_t j = 0; j < rows; ++j) start_[j + 1] += start_[j];
+      pulls_.resize(start_[rows]);
+      std::vector<int64_t> next(start_.begin(), start_.end() - 1);
+      for (const auto& some : pairs)
+        for (const Pair<T>& pair : some) pulls_[next[pair.j]++] = {x + pair.i * depth, pair.weight, T(0)};
+    }
+
+    // Adds those on reference j to `out`.
+    void pull(int64_t j, const T* row, int64_t depth, T* room, T* out) const {
+      if (start_[j] == start_[j + 1]) return;
+      kernels<T>().gather(row, depth, false, pulls_.data() + start_[j], start_[j + 1] - start_[j], room);
+      for (int64_t k = 0; k < depth; ++k) out[k] += room[k];
+    }
+
+   private:
+    std::vector<int64_t> start_;
+    std::vector<Pull<T>> pulls_;
+  };
+
+  static constexpr int kHeadroom = std::is_same_v<T, float> ? 0 : 500;
 
   // The exponent of the largest scale: the margin is scaled, too, by its square.
   static int largest_scale(double margin) {
@@ -306,9 +436,49 @@ class Mined {
   int64_t negatives_of(int64_t i) const { return r_.count - (class_end_[i] - class_begin_[i]); }
   bool has_triplets(int64_t i) const { return positives_of(i) > 0 && negatives_of(i) > 0; }
 
-  // Whether a row that is not finite is among an anchor's triplets, or is the anchor: it is never left out.
+  // Whether a row that is not finite is among an anchor's triplets, or is the anchor, or a distance is infinite: that
+  // is never left out.
   bool spoilt(int64_t i, bool references_finite) const {
-    return !a_.finite[a_.order[i]] || (has_triplets(i) && !references_finite);
+    return !a_.finite[a_.order[i]] || (has_triplets(i) && !references_finite) || (!overflows_.empty() && overflows_[i]);
+  }
+
+  bool norm_overflows(const Side<T>& side, int64_t i) const {
+    return side.finite[side.order[i]] && side.scale[side.order[i]] * std::sqrt(largest_) < 1;
+  }
+  // Whether a distance is infinite.
+  bool overflows(int64_t i, Taken<T> other) const {
+    return may_overflow_ &&
+           (other.y < farthest_ || (problem_.cosine && (norm_overflows(a_, i) || norm_overflows(r_, other.index))));
+  }
+
+  // Which anchors have a triplet whose t is not finite, where every negative is taken.
+  std::vector<uint8_t> find_overflows() const {
+    std::vector<uint8_t> found(a_.panels * panel());
+    each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
+      const int64_t P = panel(), tile_rows = kernels<T>().tile_rows;
+      choose_positives(p, group);
+      for (int64_t i = p * P; i < (p + 1) * P; i += tile_rows) {
+        std::vector<T> nearest(tile_rows, -std::numeric_limits<T>::infinity());
+        each_block([&](int64_t begin, int64_t end) {
+          const int64_t stride = (end - begin) * P;
+          group.distances.resize(tile_rows * stride);
+          kernels<T>().row_distances(pairing_, i, begin, end, group.distances.data());
+          for (int64_t r = 0; r < tile_rows; ++r)
+            for (int64_t j = begin * P; takes_part(i + r) && j < std::min(end * P, r_.count); ++j) {
+              if ((class_begin_[i + r] <= j && j < class_end_[i + r]) || r_.group.get()[j] == kNoGroup) continue;
+              const Taken<T> negative{group.distances[r * stride + j - begin * P], Lane<T>(j)};
+              nearest[r] = std::max(nearest[r], negative.y);
+              found[i + r] |= overflows(i + r, negative);
+            }
+        });
+        for (int64_t r = 0; r < tile_rows; ++r)
+          for (const auto& [y, j] : group.anchors[i + r - p * P].positives) {
+            found[i + r] |= overflows(i + r, {y, j});
+            found[i + r] |= !(distance_of(y) - distance_of(nearest[r]) + measure_.margin <= largest_);
+          }
+      }
+    });
+    return found;
   }
 
   // What `saved` has room for.
@@ -320,25 +490,63 @@ class Mined {
   bool negatives_fit(int64_t width) const { return negative_ == NegativeRule::Hard ? width > 0 : most_ <= width; }
 
   template <typename F>
-  void each(int64_t tasks, F f) const {
-    const int64_t threads = serial_ ? 1 : std::min<int64_t>(at::get_num_threads(), tasks);
-    std::atomic<int64_t> next{0};
+  void each(int64_t count, F f) const {
+    const int64_t threads = serial_ ? 1 : std::min<int64_t>(at::get_num_threads(), count);
+    Tasks tasks(count);
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread) f(next);
+      for (int64_t thread = begin; thread < end; ++thread) f(tasks);
     });
   }
 
   template <typename F>
   void each_panel(int64_t from, int64_t to, F f) const {
-    each(to - from, [&](std::atomic<int64_t>& next) {
+    each(to - from, [&](Tasks& tasks) {
       Group<T> group(panel());
-      for (int64_t p; (p = from + next++) < to;) f(p, group);
+      for (int64_t p; tasks.take(p);) f(from + p, group);
     });
   }
 
   template <typename F>
   void each_block(F f) const {
-    for (int64_t begin = 0; begin < r_.panels; begin += block_) f(begin, std::min(r_.panels, begin + block_));
+    each_block(0, r_.panels, f);
+  }
+  template <typename F>
+  void each_block(int64_t from, int64_t to, F f) const {
+    for (int64_t begin = from; begin < to; begin += block_) f(begin, std::min(to, begin + block_));
+  }
+
+  // Triplets as what the kernels take.
+  TripletTask<T> task_of(const Triplets& triplets, T* distances) const {
+    return {a_.rows,  r_.rows,  r_.rows,   triplets.anchor.data(), triplets.positive.data(), triplets.negative.data(),
+            a_.depth, measure_, distances, triplets.size()};
+  }
+
+  // The distances of some.
+  void measure(const TripletTask<T>& task, int64_t begin, int64_t end) const {
+    double sums[kSums];
+    kernels<T>().forward(task, begin, end, nullptr, sums);
+    if (largest_ >= std::numeric_limits<T>::max()) return;
+    // They are those of a narrower type.
+    const double farthest = pairing_.root ? std::sqrt(largest_) : largest_;
+    T* d = task.distances;
+    for (int64_t t = begin; t < end; ++t) {
+      for (int pair = 0; pair < 3; ++pair)
+        if (d[pair * task.count + t] > farthest) d[pair * task.count + t] = std::numeric_limits<T>::infinity();
+      const T an = negative_distance_of(d[task.count + t], d[2 * task.count + t], true);
+      if (d[t] - an + measure_.margin > largest_) d[t] = std::numeric_limits<T>::infinity();
+    }
+  }
+
+  // Of a pair.
+  double distance_of(double y) const { return -(y * unit_[0]) * unit_[1]; }
+  double distance_of(int64_t i, Taken<T> other) const {
+    return overflows(i, other) ? std::numeric_limits<double>::infinity() : distance_of(other.y);
+  }
+  // d_ap - d_an + m.
+  T excess_of(int64_t i, Taken<T> pos, Taken<T> neg) const {
+    const double t = (neg.y - pos.y) * unit_[0] * unit_[1] + measure_.margin;
+    const bool infinite = may_overflow_ && (overflows(i, pos) || overflows(i, neg) || !(std::fabs(t) <= largest_));
+    return infinite ? std::numeric_limits<T>::quiet_NaN() : T(t);
   }
 
   void choose_positives(int64_t p, Group<T>& group) const {
@@ -411,21 +619,68 @@ class Mined {
 
   bool takes_part(int64_t i) const { return i < a_.count && a_.finite[a_.order[i]] && has_triplets(i); }
 
-  // The thresholds of each anchor for all of its negatives: its positives' y, and the margin.
+  // The thresholds of each anchor for all of its negatives: its positives' y.
   void set_thresholds(Group<T>& group) const {
-    const T shift = -T(measure_.margin / unit_);
     for (int64_t r = 0; r < panel(); ++r) {
       auto& anchor = group.anchors[r];
       const int64_t count = int64_t(anchor.positives.size());
       int64_t room = 1;
       while (room <= count) room *= 2;
       anchor.values.assign(room, std::numeric_limits<T>::infinity());
-      for (int64_t t = 0; t < count; ++t) anchor.values[t] = anchor.positives[t].first + shift;
+      for (int64_t t = 0; t < count; ++t) anchor.values[t] = anchor.positives[t].first;
       const T middle = count ? anchor.values[count / 2] : T(0);
       anchor.sums.resize(count + 1);
       double total = anchor.sums[0] = 0;
       for (int64_t t = 0; t < count; ++t) anchor.sums[t + 1] = T(total += double(anchor.values[t]) - double(middle));
-      group.thresholds[r] = {anchor.values.data(), anchor.sums.data(), middle, Lane<T>(count)};
+      group.thresholds[r] = {anchor.values.data(), nullptr, T(0), anchor.sums.data(), middle, Lane<T>(count)};
+    }
+  }
+
+  // The thresholds where all negatives are taken.
+  void set_margins(Group<T>& group) const {
+    set_thresholds(group);
+    const T shift = T(measure_.margin / unit_[1] / unit_[0]);
+    for (int64_t r = 0; r < panel() && !measure_.soft_margin; ++r) {
+      auto& anchor = group.anchors[r];
+      Thresholds<T>& own = group.thresholds[r];
+      anchor.of.assign(anchor.values.begin(), anchor.values.begin() + own.count);
+      for (int64_t t = 0; t < own.count; ++t) {
+        const T y = anchor.of[t], value = y - shift;
+        anchor.values[t] = (value - y) + shift > 0 ? std::nextafter(value, -std::numeric_limits<T>::infinity()) : value;
+      }
+      own.of = anchor.of.data();
+      own.shift = shift;
+    }
+  }
+
+  // f(row of the panel, its thresholds, panels [begin, end), y of its negatives among these, room), where the margin is
+  // soft, after set_margins. Of tiles that are not `wanted` nothing is a negative.
+  template <typename F>
+  void each_soft_row(int64_t p, Group<T>& group, Marks wanted, F f) const {
+    const int64_t P = panel(), step = std::min(r_.panels, std::max(block_, kSoftColumns / P)), columns = step * P;
+    if (!group.soft) group.soft.emplace(P, columns, most_);
+    std::vector<SoftThresholds<T>> own(P);
+    for (int64_t r = 0; r < P; ++r) {
+      auto& anchor = group.anchors[r];
+      const T middle = group.thresholds[r].middle;
+      const int64_t count = group.thresholds[r].count;
+      double total = 0;
+      for (int64_t t = 0; t < count; ++t) {
+        anchor.values[t] = T((anchor.values[t] - middle) * unit_[0] * unit_[1] - measure_.margin);
+        anchor.sums[t + 1] = T(total += anchor.values[t]);
+      }
+      own[r].thresholds = {anchor.values.data(), nullptr, T(0), anchor.sums.data(), T(0), Lane<T>(count)};
+      own[r].middle = middle;
+      std::copy_n(unit_, 2, own[r].unit);
+    }
+    for (int64_t begin = 0; begin < r_.panels; begin += step) {
+      const int64_t end = std::min(r_.panels, begin + step);
+      each_block(begin, end, [&](int64_t from, int64_t to) {
+        kernels<T>().negatives(pairing_, p, from, to, group.thresholds.data(), wanted,
+                               group.soft->y() + (from - begin) * P, columns);
+      });
+      for (int64_t r = 0; r < P; ++r)
+        if (own[r].thresholds.count > 0) f(r, own[r], begin, end, group.soft->y() + r * columns, group.soft->room);
     }
   }
 
@@ -433,23 +688,35 @@ class Mined {
     const int64_t P = panel(), groups = P / kernels<T>().tile_rows;
     std::vector<uint32_t> unsaved(saved ? 0 : groups * words());
     std::vector<Excess> excess(P);
-    set_thresholds(group);
+    for (int64_t r = 0; r < P && may_overflow_; ++r) {  // the triplets of these have no loss that is above 0
+      auto& taken = group.anchors[r].positives;
+      const auto infinite = [&](const auto& positive) {
+        return overflows(p * P + r, {positive.first, positive.second});
+      };
+      taken.erase(std::remove_if(taken.begin(), taken.end(), infinite), taken.end());
+    }
+    set_margins(group);
     const Marks marks{saved ? saved + p * groups * words() : unsaved.data(), words()};
-    each_block([&](int64_t begin, int64_t end) {
-      kernels<T>().excess(pairing_, p, begin, end, group.thresholds.data(), measure_.soft_margin, unit_, excess.data(),
-                          marks);
-    });
+    if (measure_.soft_margin)
+      each_soft_row(p, group, {nullptr, 0},
+                    [&](int64_t r, const auto& own, int64_t begin, int64_t end, const T* y, auto room) {
+                      kernels<T>().soft_excess(own, r, begin, end, y, room, &excess[r], marks);
+                    });
+    else
+      each_block([&](int64_t begin, int64_t end) {
+        kernels<T>().excess(pairing_, p, begin, end, group.thresholds.data(), excess.data(), marks);
+      });
     for (int64_t r = 0; r < P; ++r) {
       const auto& taken = group.anchors[r].positives;
       if (taken.empty()) continue;
       const int64_t i = p * P + r, o = a_.order[i];
       double total = 0;
       for (const auto& positive : taken) total -= positive.first;
-      sums.loss[o] += excess[r].loss * (measure_.soft_margin ? 1 : unit_);
+      sums.loss[o] += measure_.soft_margin ? excess[r].loss : -distance_of(excess[r].loss);
       if (!std::isfinite(sums.loss[o])) sums.loss[o] = std::numeric_limits<double>::quiet_NaN();
       sums.active[o] += excess[r].active;
-      sums.positive[o] += total * unit_ * double(negatives_of(i));
-      sums.negative[o] += -excess[r].distance * unit_ * double(taken.size());
+      sums.positive[o] += -distance_of(total) * double(negatives_of(i));
+      sums.negative[o] += distance_of(excess[r].distance) * double(taken.size());
     }
   }
 
@@ -477,7 +744,7 @@ class Mined {
       anchor.value.resize(room);
       anchor.index.resize(room);
       anchor.next.resize(room);
-      group.thresholds[r] = {anchor.values.data(), nullptr, T(0), Lane<T>(count)};
+      group.thresholds[r] = {anchor.values.data(), nullptr, T(0), nullptr, T(0), Lane<T>(count)};
       candidates[r] = {anchor.certain.data(),    anchor.floor.data(), anchor.head.data(),
                        anchor.value.data(),      anchor.index.data(), anchor.next.data(),
                        count ? a_.norm[i] : 0.0, Lane<T>(count),      Lane<T>(room)};
@@ -752,21 +1019,35 @@ class Mined {
     }
     if (negatives_fit(width)) recall_negatives(p, group, saved, width);
     else choose_negatives(p, group);
+    // Many positives may have one negative, and their slopes be equal.
+    struct {
+      int64_t r;
+      Taken<T> negative;
+      double slopes;
+    } same{0, {T(0), Lane<T>(-1)}, 0};
+    const auto add_negative = [&] {
+      const bool few = group.anchors[same.r].positives.size() <= kFewThresholds;  // too few to fill tiles
+      if (same.slopes != 0) add(same.r, same.negative.index, T(-same.slopes * own[same.r]), same.negative.y, few);
+    };
     each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
-      const T slope = triplet_slope_of(T((neg.y - pos.y) * unit_ + measure_.margin), measure_);
+      const T slope = triplet_slope_of(excess_of(i, pos, neg), measure_);
       if (slope == 0) return;
       const int64_t r = i - p * P;
-      const bool few = group.anchors[r].positives.size() <= kFewThresholds;  // too few to fill tiles
-      add(r, pos.index, slope * own[r], pos.y, few);
-      add(r, neg.index, -slope * own[r], neg.y, few);
+      add(r, pos.index, slope * own[r], pos.y, group.anchors[r].positives.size() <= kFewThresholds);
+      if (r != same.r || neg.index != same.negative.index) {
+        add_negative();
+        same = {r, neg, 0};
+      }
+      same.slopes += slope;
     });
+    add_negative();
   }
 
   // Those of all negatives, and what pulls at each positive.
   void weigh_all(int64_t p, Group<T>& group, const std::vector<T>& own, const uint32_t* saved, const Strip& strip,
                  std::vector<Pair<T>>& close) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, groups = P / tile_rows;
-    set_thresholds(group);
+    set_margins(group);
     std::vector<double*> pulls(P);
     for (int64_t r = 0; r < P; ++r) {
       auto& anchor = group.anchors[r];
@@ -783,10 +1064,23 @@ class Mined {
     }
     group.close.resize(pairing_.root ? kCloseRoom : 0);
     Pairs<T> found{group.close.data(), 0, int64_t(group.close.size())};
-    each_block([&](int64_t begin, int64_t end) {
-      kernels<T>().weigh(pairing_, p, begin, end, group.thresholds.data(), measure_.soft_margin, unit_, own.data(),
-                         pulls.data(), strip.marks, strip.weights, &found);
-    });
+    if (measure_.soft_margin) {
+      // Row by row, and those of other anchors stay as they are.
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t panel = 0; panel < r_.panels; ++panel)
+          if (strip.marks.bits[g * words() + panel / 32] >> (panel % 32) & 1)
+            std::fill_n(strip.weights.tiles + (g * r_.panels + panel) * tile_rows * P, tile_rows * P, T(0));
+      each_soft_row(p, group, strip.marks,
+                    [&](int64_t r, const auto& soft, int64_t begin, int64_t end, const T* y, auto room) {
+                      kernels<T>().soft_weigh(pairing_, soft, p * P + r, begin, end, y, room, own[r], pulls[r],
+                                              strip.marks, strip.weights, &found);
+                    });
+    } else {
+      each_block([&](int64_t begin, int64_t end) {
+        kernels<T>().weigh(pairing_, p, begin, end, group.thresholds.data(), own.data(), pulls.data(), strip.marks,
+                           strip.weights, &found);
+      });
+    }
     close.assign(found.data, found.data + found.count);
     // Where thresholds are searched, a negative was counted for the last one that it passes.
     for (auto& anchor : group.anchors)
@@ -800,14 +1094,15 @@ class Mined {
     at::parallel_for(0, side.count, std::max<int64_t>(1, (1 << 15) / (width + 1)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t o = side.order[i];
-        const T *x = rows + i * width, *pull = pulled.rows.get() + i * width, sum = pulled.sums[i];
+        const T *x = rows + i * width, *pull = pulled.rows.get() + i * width;
+        const double sum = pulled.sums[i];
         T* g = grad + o * side.depth;
-        for (int64_t k = 0; k < side.depth; ++k) g[k] = factor * (sum * x[k] + pull[k]);
+        for (int64_t k = 0; k < side.depth; ++k) g[k] = factor * T(sum * x[k] + pull[k]);
         if (!problem_.cosine || !side.finite[o]) continue;
         // The part across the unit row, over the norm; below the floor the norm is a constant.
         const T scale = T(side.scale[o]);
         const T* source = side.rows.row(o);
-        T along = sum;
+        T along = T(sum);
         if (side.lack[o] == 0) {
           along = 0;
           for (int64_t k = 0; k < side.depth; ++k) along += g[k] * source[k] * scale;
@@ -828,61 +1123,36 @@ class Mined {
   PositiveRule positive_;
   NegativeRule negative_;
   Measure measure_;
+  double largest_;
+  T farthest_;                                    // y from which on a distance is infinite
+  bool may_overflow_;                             // whether one may be
+  std::vector<uint8_t> overflows_;                // see find_overflows(); packed anchors; empty: none
   std::vector<int64_t> class_begin_, class_end_;  // of an anchor's class among the packed references
   int64_t most_ = 0;                              // positives taken of an anchor
-  double unit_;                                   // d is -unit y
+  double unit_[2] = {1, 1};                       // d is -unit[0] unit[1] y: the product may be beyond the range
   int64_t block_;
   bool serial_;
 };
 
-// Both sides of a call in the accumulation type, and what is mined from them.
+// Calls f(what is mined from both sides of a call), in the accumulation type or, if that must be, in float64.
 template <typename T, typename F>
-auto with_mined(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+void with_mined(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
                 const OptionalTensor& reference_labels, std::optional<int64_t> offset, std::string_view positive,
-                std::string_view negative, const Measure& measure, F f) {
+                std::string_view negative, const Measure& measure, F f,
+                double largest = std::numeric_limits<T>::max()) {
   check_rows(embeddings.size(0), references ? references->size(0) : 0);
   const at::Tensor x = as_rows(embeddings), y = labels.contiguous();
   const at::Tensor r = references ? as_rows(*references) : x, z = references ? reference_labels->contiguous() : y;
   Side<T> anchors = side_of<T>(x, y);
   std::optional<Side<T>> others;
   if (references) others = side_of<T>(r, z);
-  return f(Mined<T>(anchors, others ? &*others : nullptr, references ? offset : 0, parse_positive(positive),
-                    parse_negative(negative), measure));
-}
-
-// Triplets of a strategy that takes one negative of a pair, for `swap`: the distance of a positive and a negative is
-// known once both are.
-template <typename T>
-std::array<at::Tensor, 3> listed(const Mined<T>& mined) {
-  const auto panels = mined.triplets();
-  int64_t count = 0, t = 0;
-  for (const auto& rows : panels) count += int64_t(rows.size()) / 3;
-  std::array<at::Tensor, 3> out;
-  int64_t* to[3];
-  for (int side = 0; side < 3; ++side) {
-    out[side] = at::empty({count}, at::TensorOptions(at::kLong));
-    to[side] = out[side].template mutable_data_ptr<int64_t>();
-  }
-  for (const auto& rows : panels)
-    for (size_t i = 0; i < rows.size(); i += 3, ++t)
-      for (int side = 0; side < 3; ++side) to[side][t] = rows[i + side];
-  return out;
-}
-
-// The sums of anchors' triplets, measured with `swap`.
-template <typename T>
-typename Mined<T>::Sums measure_listed(const Mined<T>& mined, const at::Tensor& embeddings,
-                                       const OptionalTensor& references, const Measure& measure,
-                                       std::string_view distance) {
-  const auto [a, p, n] = listed(mined);
-  const auto [losses, distances, stats] = indexed_triplet_loss_cpu(embeddings, references, a, p, n, measure.margin,
-                                                                   distance, true, measure.soft_margin, "none");
-  const T *loss = losses.template const_data_ptr<T>(), *d = distances.template const_data_ptr<T>();
-  const int64_t count = a.size(0);
-  auto sums = mined.no_sums();
-  for (int64_t t = 0; t < count; ++t)
-    sums.add(index_of(a)[t], loss[t], d[t], negative_distance_of(d[count + t], d[2 * count + t], true));
-  return sums;
+  const Mined<T> mined(anchors, others ? &*others : nullptr, references ? offset : 0, parse_positive(positive),
+                       parse_negative(negative), measure, largest);
+  if (!mined.wants_float64()) return f(mined);
+  OptionalTensor wide;
+  if (references) wide = references->to(at::kDouble);
+  with_mined<double>(embeddings.to(at::kDouble), labels, wide, reference_labels, offset, positive, negative, measure, f,
+                     largest);
 }
 
 }  // namespace
@@ -922,8 +1192,8 @@ Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labe
     if (count > 0)
       with_mined<T>(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
                     [&](const auto& mined) {
-                      const auto sums = swap ? measure_listed<T>(mined, embeddings, references, measure, distance)
-                                             : mined.forward(saved.mutable_data_ptr<int32_t>(), width);
+                      const auto sums =
+                          swap ? mined.forward_swapped() : mined.forward(saved.mutable_data_ptr<int32_t>(), width);
                       for (int64_t i = 0; i < count; ++i) {
                         anchors += sums.triplets[i] > 0;
                         sum[kSumTriplets] += double(sums.triplets[i]);
@@ -955,23 +1225,14 @@ std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
     if (embeddings.size(0) > 0)
       with_mined<T>(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
                     [&](const auto& mined) {
-                      const Weight<T> weight(grad, stats, parse_reduction(reduction));
-                      T *x = own.mutable_data_ptr<T>(), *r = other.mutable_data_ptr<T>();
-                      if (!swap) {
-                        mined.backward(weight, saved.const_data_ptr<int32_t>(), saved.size(1), x, r);
-                        return;
-                      }
-                      const auto [a, p, n] = listed(mined);
-                      at::Tensor each = at::empty({a.size(0)}, options);
-                      for (int64_t t = 0; t < a.size(0); ++t) each.mutable_data_ptr<T>()[t] = weight.of(index_of(a)[t]);
-                      const auto [of_listed, distances, of_stats] = indexed_triplet_loss_cpu(
-                          embeddings, references, a, p, n, margin, distance, swap, soft_margin, "none");
-                      std::tie(own, other) =
-                          indexed_triplet_loss_backward_cpu(each, embeddings, references, a, p, n, distances, of_stats,
-                                                            margin, distance, swap, soft_margin, "none");
-                      own = own.to(options.dtype());
-                      other = other.to(options.dtype());
-                      mined.poison(own.mutable_data_ptr<T>(), other.mutable_data_ptr<T>());
+                      using M = typename std::decay_t<decltype(mined)>::Scalar;
+                      constexpr auto type = c10::CppTypeToScalarType<M>::value;
+                      own = own.to(type);
+                      other = other.to(type);
+                      const Weight<M> weight(grad, stats, parse_reduction(reduction));
+                      M *x = own.mutable_data_ptr<M>(), *r = other.mutable_data_ptr<M>();
+                      if (swap) mined.backward_swapped(weight, x, r);
+                      else mined.backward(weight, saved.const_data_ptr<int32_t>(), saved.size(1), x, r);
                     });
     return std::make_tuple(own.to(embeddings.scalar_type()), other.to(embeddings.scalar_type()));
   });

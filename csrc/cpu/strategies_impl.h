@@ -105,34 +105,22 @@ TRIPLET_INLINE void count_below(const Thresholds<T>& thresholds, const T* y, Lan
     }
 }
 
-// exp(x) for x <= 0.
+// The sum of t over the thresholds that are below y.
 template <typename T>
-TRIPLET_INLINE typename Simd<T>::V exp_of(typename Simd<T>::V x) {
-  using V = typename Simd<T>::V;
-  using M = typename Simd<T>::M;
-  constexpr bool kSingle = sizeof(T) == 4;
-  constexpr int kTerms = kSingle ? 7 : 13, kMantissa = kSingle ? 23 : 52, kBias = kSingle ? 127 : 1023;
-  // ln 2 in two parts, the first with few enough bits to be multiplied exactly.
-  constexpr T kHigh = kSingle ? T(0.693359375) : T(6.93147180369123816490e-01);
-  constexpr T kLow = kSingle ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10);
-  x = larger(x, broadcast(T(kSingle ? -104 : -746)));                              // what is below is 0 in T
-  const M n = __builtin_convertvector(x * T(1.44269504088896340736) - T(0.5), M);  // towards 0: to the nearest
-  const V whole = __builtin_convertvector(n, V), rest = x - whole * kHigh - whole * kLow;
-  V value = broadcast(T(1));
-  for (int k = kTerms; k > 0; --k) value = 1 + value * rest * (T(1) / T(k));
-  // 2^n in two steps: it may be subnormal.
-  const M half = n / 2, other = n - half;
-  const M high = (half + Lane<T>(kBias)) << kMantissa, low = (other + Lane<T>(kBias)) << kMantissa;
-  return value * (V)high * (V)low;
+TRIPLET_INLINE typename Simd<T>::V excess_over(const Thresholds<T>& own, const T* y, const Lane<T>* below) {
+  T sum[kWidth<T>];
+  for (int l = 0; l < kWidth<T>; ++l)
+    sum[l] = below[l] ? (below[l] * (y[l] - own.middle) - own.sums[below[l]]) + below[l] * own.shift : T(0);
+  return load(sum);
 }
 
-// log(1 + e) for e from 0 to 1, by the series of artanh.
+// The sum of a tile's columns.
 template <typename T>
-TRIPLET_INLINE typename Simd<T>::V log1p_of(typename Simd<T>::V e) {
-  const auto s = e / (2 + e), square = s * s;
-  auto value = broadcast(T(0));
-  for (int k = sizeof(T) == 4 ? 9 : 18; k >= 0; --k) value = value * square + T(1) / T(2 * k + 1);
-  return 2 * s * value;
+TRIPLET_INLINE typename Simd<T>::V across(const typename Simd<T>::V (&columns)[kTileVectors]) {
+  auto total = columns[0];
+#pragma GCC unroll 4
+  for (int c = 1; c < kTileVectors; ++c) total += columns[c];
+  return total;
 }
 
 template <typename T>
@@ -180,83 +168,80 @@ TRIPLET_INLINE bool marked(Marks marks, int64_t i, int64_t bp) {
   return marks.bits[i / kTileRows * marks.words + bp / 32] >> (bp % 32) & 1;
 }
 
-// The threshold from which on a negative can have a loss above 0.
-template <typename T>
-TRIPLET_INLINE T least_active(const Thresholds<T>& thresholds, bool soft, double unit) {
-  if (!thresholds.count) return std::numeric_limits<T>::infinity();
-  // What log(1 + exp(t)) is 0 below.
-  return soft ? T(thresholds.values[0] - (sizeof(T) == 4 ? 105 : 747) / unit) : thresholds.values[0];
-}
-
 template <typename T>
 static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
-                   const Thresholds<T>* thresholds, bool soft, double unit, Excess* excess, Marks marks) {
+                   const Thresholds<T>* thresholds, Excess* excess, Marks marks) {
   using V = typename Simd<T>::V;
   using M = typename Simd<T>::M;
-  constexpr int W = kWidth<T>;
+  constexpr int W = kWidth<T>, kTiles = 8;  // whose sums are added up in T
   V loss[kTileRows], distance[kTileRows];
+  Total<T> whole_loss[kTileRows], whole_distance[kTileRows];
   M active[kTileRows];
   T least[kTileRows];
+  int tiles = 0;
+  const auto flush = [&] {
+    for (int r = 0; r < kTileRows; ++r) {
+      add(whole_loss[r], loss[r]);
+      add(whole_distance[r], distance[r]);
+      loss[r] = distance[r] = V{};
+    }
+    tiles = 0;
+  };
   const auto begin = [&](int64_t i) {
+    tiles = 0;
     for (int r = 0; r < kTileRows; ++r) {
       loss[r] = distance[r] = V{};
+      whole_loss[r] = whole_distance[r] = Total<T>{};
       active[r] = M{};
-      least[r] = least_active(thresholds[i + r], soft, unit);
+      least[r] = thresholds[i + r].count ? thresholds[i + r].values[0] : std::numeric_limits<T>::infinity();
     }
   };
   const auto visit = [&](V(&tile)[kTileRows][kTileVectors], int64_t i, int64_t bp, bool mixed) {
+    if (tiles++ == kTiles) flush();
     M some{};
 #pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r)
+    for (int r = 0; r < kTileRows; ++r) {
+      V own[kTileVectors];
 #pragma GCC unroll 4
       for (int c = 0; c < kTileVectors; ++c) {
-        distance[r] += mixed ? (tile[r][c] == tile[r][c] ? tile[r][c] : V{}) : tile[r][c];
+        own[c] = mixed ? (tile[r][c] == tile[r][c] ? tile[r][c] : V{}) : tile[r][c];
         some |= tile[r][c] > least[r];
       }
+      distance[r] += across<T>(own);
+    }
     if (!any(some)) return;
     marks.bits[i / kTileRows * marks.words + bp / 32] |= uint32_t(1) << (bp % 32);
     for (int r = 0; r < kTileRows; ++r) {
       const Thresholds<T>& own = thresholds[i + r];
-      if (soft) {
-        for (Lane<T> p = 0; p < own.count;) {
-          V few{};  // of many equal terms, a sum of T would round one way
-          for (const Lane<T> stop = own.count - p < kFewThresholds ? own.count : p + kFewThresholds; p < stop; ++p)
-            for (int c = 0; c < kTileVectors; ++c) {
-              const V t = (tile[r][c] - own.values[p]) * T(unit);
-              const V value = larger(t, V{}) + log1p_of<T>(exp_of<T>(t > 0 ? -t : t));
-              const V there = t == t ? value : V{};
-              few += there;
-              active[r] -= there > 0;
-            }
-          excess[i + r].loss += sum<T>(few);
-        }
-      } else if (own.count <= kFewThresholds) {
+      V here[kTileVectors] = {};
+      if (own.count <= kFewThresholds) {
         for (Lane<T> p = 0; p < own.count; ++p) {
-          const V threshold = broadcast(own.values[p]);
+          const V threshold = broadcast(own.values[p]), of = broadcast(own.of[p]);
 #pragma GCC unroll 4
           for (int c = 0; c < kTileVectors; ++c) {
-            loss[r] += larger(tile[r][c] - threshold, V{});
+            here[c] += larger((tile[r][c] - of) + own.shift, V{});
             active[r] -= tile[r][c] > threshold;
           }
         }
       } else {
         for (int c = 0; c < kTileVectors; ++c) {
           if (!any(tile[r][c] > least[r])) continue;
-          T y[W], sum[W];
+          T y[W];
           Lane<T> below[W];
           store(y, tile[r][c]);
           count_below<false>(own, y, below);
-          for (int l = 0; l < W; ++l) sum[l] = below[l] ? below[l] * (y[l] - own.middle) - own.sums[below[l]] : T(0);
-          loss[r] += load(sum);
+          here[c] = excess_over<T>(own, y, below);
           active[r] += load_lanes<T>(below);
         }
       }
+      loss[r] += across<T>(here);
     }
   };
   const auto end = [&](int64_t i) {
+    flush();
     for (int r = 0; r < kTileRows; ++r) {
-      excess[i + r].loss += sum<T>(loss[r]);
-      excess[i + r].distance += sum<T>(distance[r]);
+      excess[i + r].loss += sum(whole_loss[r]);
+      excess[i + r].distance += sum(whole_distance[r]);
       for (int l = 0; l < W; ++l) excess[i + r].active += active[r][l];
     }
   };
@@ -355,15 +340,32 @@ static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_pane
   walk_negatives<T>(pairing, panel, begin_panel, end_panel, thresholds, [](int64_t) {}, visit, [](int64_t) {});
 }
 
+// The weights of y of one anchor and of some columns of a panel from those of the distances: what is multiplied with
+// rows. Puts pairs that are close aside.
+template <typename T>
+TRIPLET_INLINE typename Simd<T>::V weights_of(const Pairing<T>& pairing, int64_t i, int64_t j, typename Simd<T>::V y,
+                                              typename Simd<T>::V w, Pairs<T>* close) {
+  if (!pairing.root) return w;
+  w = y < 0 ? w / -y : w * T(0);  // -y, whose derivative at 0 is 0
+  const auto near = (y * y < (load(pairing.b.bias + j) + pairing.a.bias[i]) * T(2 * kClose)) & (w != 0);
+  if (__builtin_expect(any(near), 0))
+    for (int l = 0; l < kWidth<T>; ++l) {
+      if (!near[l] || close->count == close->room) continue;
+      close->data[close->count++] = {i, j + l, w[l]};
+      w[l] = 0;
+    }
+  return w;
+}
+
 template <typename T>
 static void weigh(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
-                  const Thresholds<T>* thresholds, bool soft, double unit, const T* weight, double* const* pulls,
-                  Marks marks, Weights<T> weights, Pairs<T>* close) {
+                  const Thresholds<T>* thresholds, const T* weight, double* const* pulls, Marks marks,
+                  Weights<T> weights, Pairs<T>* close) {
   using V = typename Simd<T>::V;
   using M = typename Simd<T>::M;
   constexpr int P = kPanel<T>, W = kWidth<T>;
   M active[kTileRows][kFewThresholds];
-  const auto begin = [&](int64_t i) {
+  const auto begin = [&](int64_t) {
     for (int r = 0; r < kTileRows; ++r)
       for (int p = 0; p < kFewThresholds; ++p) active[r][p] = M{};
   };
@@ -372,15 +374,7 @@ static void weigh(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel,
     for (int r = 0; r < kTileRows; ++r) {
       const Thresholds<T>& own = thresholds[i + r];
       V count[kTileVectors] = {};
-      if (soft) {
-        for (Lane<T> p = 0; p < own.count; ++p)
-          for (int c = 0; c < kTileVectors; ++c) {
-            const V t = (tile[r][c] - own.values[p]) * T(unit), e = exp_of<T>(t > 0 ? -t : t);
-            const V slope = (t > 0 ? broadcast(T(1)) : e) / (1 + e), there = t == t ? slope : V{};
-            count[c] += there;
-            pulls[i + r][p] += sum<T>(there);
-          }
-      } else if (own.count <= kFewThresholds) {
+      if (own.count <= kFewThresholds) {
         for (Lane<T> p = 0; p < own.count; ++p) {
           const V threshold = broadcast(own.values[p]);
 #pragma GCC unroll 4
@@ -402,26 +396,12 @@ static void weigh(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel,
             if (below[l]) pulls[i + r][below[l] - 1] += 1;  // of the thresholds up to this one; summed up at the end
         }
       }
-      for (int c = 0; c < kTileVectors; ++c) {
-        const V y = tile[r][c];
-        V w = -count[c] * weight[i + r];
-        if (pairing.root) {  // -y, whose derivative at 0 is 0
-          w = y < 0 ? w / -y : w * T(0);
-          const V bias = load(pairing.b.bias + bp * P + c * W) + pairing.a.bias[panel * P + i + r];
-          const M near = (y * y < bias * T(2 * kClose)) & (w != 0);
-          if (__builtin_expect(any(near), 0))
-            for (int l = 0; l < W; ++l) {
-              if (!near[l] || close->count == close->room) continue;
-              close->data[close->count++] = {panel * P + i + r, bp * P + c * W + l, w[l]};
-              w[l] = 0;
-            }
-        }
-        store(out + r * P + c * W, w);
-      }
+      for (int c = 0; c < kTileVectors; ++c)
+        store(out + r * P + c * W,
+              weights_of<T>(pairing, panel * P + i + r, bp * P + c * W, tile[r][c], -count[c] * weight[i + r], close));
     }
   };
   const auto end = [&](int64_t i) {
-    if (soft) return;
     for (int r = 0; r < kTileRows; ++r) {
       const Lane<T> few = thresholds[i + r].count <= kFewThresholds ? thresholds[i + r].count : 0;
       for (Lane<T> p = 0; p < few; ++p)
@@ -447,22 +427,33 @@ TRIPLET_INLINE void subtract(Tile<T>& acc, const T* w, int64_t row_step, int64_t
   }
 }
 
+// Adds to `out` what add_piece(acc) adds to an accumulator, until it returns false. Each piece is a sum of its own,
+// since long chains of equal terms round one way.
 template <typename T, typename F>
-TRIPLET_INLINE void update(T* out, int64_t width, F f) {
-  Tile<T> acc;
-  for (int r = 0; r < kTileRows; ++r)
-    for (int c = 0; c < kTileVectors; ++c) acc[r][c] = typename Simd<T>::V{};
-  f(acc);  // a sum of its own, since long chains of equal terms round one way
+TRIPLET_INLINE void update(T* out, int64_t width, F add_piece) {
+  using V = typename Simd<T>::V;
+  Tile<T> whole = {};
+  for (bool more = true; more;) {
+    Tile<T> acc;
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileVectors; ++c) acc[r][c] = V{};
+    more = add_piece(acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileVectors; ++c) whole[r][c] += acc[r][c];
+  }
   for (int r = 0; r < kTileRows; ++r)
     for (int c = 0; c < kTileVectors; ++c) {
       T* to = out + r * width + c * kWidth<T>;
-      store(to, load(to) + acc[r][c]);
+      store(to, load(to) + whole[r][c]);
     }
 }
-
 template <typename T>
 static void pull_anchors(Weights<T> weights, Marks marks, int64_t begin, int64_t end, const T* rows, int64_t width,
-                         T* out, T* sums) {
+                         T* out, double* sums) {
   constexpr int P = kPanel<T>, W = kWidth<T>;
   bool some = false;
   for (int64_t bp = begin; bp < end; ++bp) {
@@ -474,32 +465,47 @@ static void pull_anchors(Weights<T> weights, Marks marks, int64_t begin, int64_t
       sums[r] += sum<T>(total);
     }
   }
-  for (int64_t k = 0; some && k < width; k += P)
+  for (int64_t k = 0; some && k < width; k += P) {
+    int64_t bp = begin;
     update<T>(out + k, width, [&](Tile<T>& acc) {
-      for (int64_t bp = begin; bp < end; ++bp)
-        if (marked(marks, 0, bp))
-          subtract<T>(acc, weights.tiles + bp * kTileRows * P, P, 1, P, rows + bp * P * width + k, width);
+      for (int terms = 0; bp < end && terms < kPieceTerms; ++bp) {
+        if (!marked(marks, 0, bp)) continue;
+        subtract<T>(acc, weights.tiles + bp * kTileRows * P, P, 1, P, rows + bp * P * width + k, width);
+        terms += P;
+      }
+      return bp < end;
     });
+  }
 }
 
 template <typename T>
 static void pull_references(Weights<T> weights, Marks marks, int64_t groups, int64_t panel, const T* rows,
-                            int64_t width, T* out, T* sums) {
+                            int64_t width, T* out, double* sums) {
   constexpr int P = kPanel<T>, W = kWidth<T>;
   const auto tile_of = [&](int64_t g) { return weights.tiles + (g * weights.panels + panel) * kTileRows * P; };
   bool some = false;
   for (int64_t g = 0; g < groups; ++g) {
     if (!marked(marks, g * kTileRows, panel)) continue;
     some = true;
-    for (int r = 0; r < kTileRows; ++r)
-      for (int c = 0; c < kTileVectors; ++c) store(sums + c * W, load(sums + c * W) + load(tile_of(g) + r * P + c * W));
+    for (int c = 0; c < kTileVectors; ++c) {
+      auto total = load(tile_of(g) + c * W);
+      for (int r = 1; r < kTileRows; ++r) total += load(tile_of(g) + r * P + c * W);
+      T lanes[W];
+      store(lanes, total);
+      for (int l = 0; l < W; ++l) sums[c * W + l] += lanes[l];
+    }
   }
   if (!some) return;
   for (int64_t j = 0; j < P; j += kTileRows)
-    for (int64_t k = 0; k < width; k += P)
+    for (int64_t k = 0; k < width; k += P) {
+      int64_t g = 0;
       update<T>(out + j * width + k, width, [&](Tile<T>& acc) {
-        for (int64_t g = 0; g < groups; ++g)
-          if (marked(marks, g * kTileRows, panel))
-            subtract<T>(acc, tile_of(g) + j, 1, P, kTileRows, rows + g * kTileRows * width + k, width);
+        for (int terms = 0; g < groups && terms < kPieceTerms; ++g) {
+          if (!marked(marks, g * kTileRows, panel)) continue;
+          subtract<T>(acc, tile_of(g) + j, 1, P, kTileRows, rows + g * kTileRows * width + k, width);
+          terms += kTileRows;
+        }
+        return g < groups;
       });
+    }
 }

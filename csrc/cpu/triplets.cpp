@@ -8,15 +8,15 @@
 
 #include "../ops.h"
 #include "convert.h"
+#include "interrupt.h"
+#include "pulls.h"
 
 namespace triplet_ext {
 namespace {
 
 // Triplets whose sums are added up in one piece: fixed, so that no result depends on the number of threads.
 constexpr int64_t kChunk = 64;
-constexpr int64_t kSerialElements = 1 << 17;  // below this, starting threads costs more than it saves
-
-int64_t grain(int64_t elements_each) { return std::max<int64_t>(1, kSerialElements / (elements_each + 1)); }
+constexpr int64_t kChunks = 16;  // between two looks for an interrupt
 
 int64_t distinct(const int64_t* index, int64_t count) {
   std::vector<bool> seen(count ? *std::max_element(index, index + count) + 1 : 0);
@@ -40,8 +40,9 @@ Loss forward(TripletTask<T> task, Reduction reduction) {
   T* losses = none ? loss.mutable_data_ptr<T>() : nullptr;
 
   std::vector<double> sums(chunks * kSums);
+  Watch watch;
   at::parallel_for(0, chunks, grain(3 * kChunk * task.depth), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c)
+    for (int64_t c = begin; c < end && (c % kChunks || watch.go_on()); ++c)
       kernels<T>().forward(task, c * kChunk, std::min(count, (c + 1) * kChunk), losses, &sums[c * kSums]);
   });
   double total[kSums] = {};
@@ -85,76 +86,6 @@ struct Indexed {
   }
 };
 
-// Where a pull acts, before its row is known by address.
-template <typename T>
-struct Link {
-  int64_t row, other;
-  bool on_x, other_on_x;
-  T weight, distance;
-};
-
-// Calls f(link) for each pull of each triplet, in ascending order of the triplets.
-template <typename T, typename F>
-void for_each_link(const TripletTask<T>& task, const Weight<T>& weight, F f) {
-  const Measure& measure = task.measure;
-  const bool cosine = measure.distance == Distance::Cosine;
-  const auto pull = [&](T w, T d) -> T { return cosine ? w : pull_of(w, d, measure); };
-  for (int64_t t = 0; t < task.count; ++t) {
-    const int64_t a = task.a ? task.a[t] : t, p = task.p[t], n = task.n[t];
-    if (p < 0 || n < 0) {
-      // No triplet; but a row that is not finite passes that on.
-      T poison = 0;
-      for (int64_t k = 0; k < task.depth; ++k) poison += task.anchor.row(a)[k] * T(0);
-      if (poison != 0) f(Link<T>{a, a, true, true, poison, 0});
-      continue;
-    }
-    const T ap = task.distances[t], an = task.distances[task.count + t];
-    const T pn = measure.swap ? task.distances[2 * task.count + t] : T(0);
-    const T excess = ap - negative_distance_of(an, pn, measure.swap) + T(measure.margin);
-    const T slope = triplet_slope_of(excess, measure) * weight.of(t);
-    if (slope == 0) continue;
-    const bool swapped = swapped_share_of(an, pn, measure) != 0;
-    const T u = pull(slope, ap), v = swapped ? T(0) : pull(-slope, an), w = swapped ? pull(-slope, pn) : T(0);
-    f(Link<T>{a, p, true, false, u, ap});
-    f(Link<T>{p, a, false, true, u, ap});
-    if (swapped) {
-      f(Link<T>{p, n, false, false, w, pn});
-      f(Link<T>{n, p, false, false, w, pn});
-    } else {
-      f(Link<T>{a, n, true, false, v, an});
-      f(Link<T>{n, a, false, true, v, an});
-    }
-  }
-}
-
-// Row by row from an inverse index: pulls sorted by the row they act on, triplets ascending within a row.
-template <typename T>
-void backward(const TripletTask<T>& task, const Weight<T>& weight, bool apart, at::Tensor& grad_x, at::Tensor& grad_r) {
-  const int64_t on_x = grad_x.size(0), on_r = apart ? grad_r.size(0) : 0, depth = task.depth;
-  const auto slot = [&](const Link<T>& link) { return link.on_x || !apart ? link.row : on_x + link.row; };
-  std::vector<int64_t> start(on_x + on_r + 1);
-  for_each_link<T>(task, weight, [&](const Link<T>& link) { ++start[slot(link) + 1]; });
-  for (int64_t i = 0; i < on_x + on_r; ++i) start[i + 1] += start[i];
-  std::vector<Pull<T>> pulls(start.back());
-  std::vector<int64_t> next(start.begin(), start.end() - 1);
-  for_each_link<T>(task, weight, [&](const Link<T>& link) {
-    const T* other = link.other_on_x ? task.anchor.row(link.other) : task.positive.row(link.other);
-    pulls[next[slot(link)]++] = {other, link.weight, link.distance};
-  });
-
-  T* gx = grad_x.mutable_data_ptr<T>();
-  T* gr = grad_r.mutable_data_ptr<T>();
-  const bool cosine = task.measure.distance == Distance::Cosine;
-  at::parallel_for(0, on_x + on_r, grain(5 * depth), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const bool of_x = i < on_x;
-      const T* row = of_x ? task.anchor.row(i) : task.positive.row(i - on_x);
-      kernels<T>().gather(row, depth, cosine, pulls.data() + start[i], start[i + 1] - start[i],
-                          of_x ? gx + i * depth : gr + (i - on_x) * depth);
-    }
-  });
-}
-
 }  // namespace
 
 Loss triplet_loss_cpu(const at::Tensor& anchor, const at::Tensor& positive, const at::Tensor& negative, double margin,
@@ -188,8 +119,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> triplet_loss_backward_cpu(
     at::Tensor ga = at::empty({count, depth}, options), gp = at::empty({count, depth}, options),
                gn = at::empty({count, depth}, options);
     T* const out[] = {ga.mutable_data_ptr<T>(), gp.mutable_data_ptr<T>(), gn.mutable_data_ptr<T>()};
+    Watch watch;
     at::parallel_for(0, count, grain(6 * depth), [&](int64_t begin, int64_t end) {
-      kernels<T>().backward(task, begin, end, weight.data(), weight.step, weight.scale, out[0], out[1], out[2]);
+      for (int64_t t = begin, piece; t < end && watch.go_on(); t = piece) {
+        piece = std::min(end, t + kChunks * kChunk);
+        kernels<T>().backward(task, t, piece, weight.data(), weight.step, weight.scale, out[0], out[1], out[2]);
+      }
     });
     const auto type = anchor.scalar_type();
     return std::make_tuple(ga.to(type), gp.to(type), gn.to(type));
@@ -227,7 +162,8 @@ std::tuple<at::Tensor, at::Tensor> indexed_triplet_loss_backward_cpu(
     const Weight<T> weight(grad, stats, parse_reduction(reduction));
     at::Tensor own = at::empty(embeddings.sizes(), indexed.x.options());
     at::Tensor other = at::empty(references ? references->sizes() : at::IntArrayRef{0}, indexed.x.options());
-    backward<T>(task, weight, indexed.apart, own, other);
+    Pulls<T> pulls(own.size(0), indexed.apart ? other.size(0) : 0, own.size(1));
+    pulls.add(task, [&](int64_t t) { return weight.of(t); }, own.mutable_data_ptr<T>(), other.mutable_data_ptr<T>());
     return std::make_tuple(own.to(embeddings.scalar_type()), other.to(embeddings.scalar_type()));
   });
 }

@@ -454,11 +454,12 @@ class _Ranking:
             # sum, as rounded, by (2 D + 4) u of that; the slack is twice their sum, and what underflows.
             number, width = torch.finfo(x.dtype), x.shape[1]
             slack = (8 * width + 80) * number.eps / 2 * (square_x + square_r.amax()) + (width + 8) * number.tiny
-            self.gap = 2 * slack + self.tie  # [b, 1]: a larger one is there without rounding, and no tie
+            known = slack.isfinite()
+            # [b, 1]: a larger gap is there without rounding, too, and no tie.
+            self.gap = torch.where(known, 2 * slack + self.tie, self.tie)
             self.close = rank < 1e-6 * (square_x + square_r)
-            beyond = ~self.gap.isfinite().expand_as(rank)
         self.rank = self._with_lack(rank.clamp_min(0))
-        self.settle(beyond & ~self.bad)
+        self.settle(~known & ~self.bad)
 
     def measured(self, distance: str) -> Tensor:
         """The distances [b, R], close ones without cancellation."""
@@ -492,10 +493,13 @@ class _Ranking:
         for a in columns.split(max(1, _MINED_BYTES // (16 * 8 * len(r))), 1):
 
             def term(start: int, stop: int, a: Tensor = a) -> Tensor:
-                return (a[start:stop, :, None] - r[:, start:stop].to(wide).T.contiguous()[:, None]).square()
+                return self._square(a[start:stop, :, None] - r[:, start:stop].to(wide).T.contiguous()[:, None])
 
             parts.append(sum_in_order(term, x.shape[1]))
         return self._with_lack(torch.cat(parts))
+
+    def _square(self, x: Tensor) -> Tensor:
+        return x.square() if self.graph else x.square_()  # large new tensors cost more than their elements
 
     def _exact_pairs(self, i: Tensor, j: Tensor) -> Tensor:
         (x, r), wide, i = self.sides.given, self.rank.dtype, i + self.rows.start
@@ -552,7 +556,7 @@ class _Ranking:
             return rank, order, d_ap, torch.searchsorted(rank, d_ap + self.tie, right=True)
 
         rank, order, d_ap, beyond = ordered()
-        if self.settle(self._doubtful_order(rank, order, count, p, d_ap, beyond)):
+        if self._is_close(rank, count, d_ap, beyond) and self.settle(self._candidates(rank, order, count, p, d_ap)):
             rank, order, d_ap, beyond = ordered()
         last = rank.gather(1, (count - 1).clamp_min(0))
         is_beyond = beyond < count
@@ -565,17 +569,30 @@ class _Ranking:
             found = order.gather(1, start.clamp_max(rank.shape[1] - 1))
         return self._instead(found, among)
 
-    def _doubtful_order(self, rank, order, count, p, d_ap, beyond) -> Tensor:
-        """Which of the sorted negatives are close to one another or to one of the positives p, and which of these."""
-        doubtful = torch.zeros_like(self.bad)
-        place = torch.arange(rank.shape[1], device=rank.device)
-        i, k = ((rank[:, 1:] - rank[:, :-1] <= self.gap) & (place[1:] < count)).nonzero().unbind(1)
-        doubtful[i, order[i, k]] = doubtful[i, order[i, k + 1]] = True
-        for k, there in ((beyond - 1, beyond > 0), (beyond, beyond < count)):
-            k = k.clamp(0, rank.shape[1] - 1)
-            a, b = (there & ((rank.gather(1, k) - d_ap).abs() <= self.gap)).nonzero().unbind(1)
-            doubtful[a, order[a, k[a, b]]] = doubtful[a, p[a, b]] = True
-        return doubtful & ~self.bad
+    def _is_close(self, rank: Tensor, count: Tensor, d_ap: Tensor, beyond: Tensor) -> bool:
+        """Whether any of the sorted negatives is close to its neighbour or to a positive: seldom, unless rows repeat."""
+        last = rank.shape[1] - 1
+        ties = (rank[:, 1:] - rank[:, :-1] <= self.gap) & (torch.arange(last, device=rank.device) + 1 < count)
+        above = (rank.gather(1, beyond.clamp_max(last)) - d_ap <= self.gap) & (beyond < count)
+        below = (d_ap - rank.gather(1, (beyond - 1).clamp_min(0)) <= self.gap) & (beyond > 0)
+        return bool(ties.any() | (above | below).any())
+
+    def _candidates(self, rank: Tensor, order: Tensor, count: Tensor, p: Tensor, d_ap: Tensor) -> Tensor:
+        """Which negatives might be semi-hard for any of the positives p, where more than one is, and such positives."""
+        last = rank.shape[1] - 1
+        low = torch.searchsorted(rank, d_ap - self.gap)
+        beyond = torch.searchsorted(rank, d_ap + self.gap, right=True)  # the first that is for certain
+        up_to = rank.gather(1, beyond.clamp_max(last)) + self.gap
+        high = torch.where(beyond < count, torch.searchsorted(rank, up_to, right=True), count).minimum(count)
+        farthest = torch.searchsorted(rank, rank.gather(1, (count - 1).clamp_min(0)) - self.gap)
+        low = torch.where(beyond < count, low, low.minimum(farthest))
+        several = high - low > 1
+        edges = torch.zeros(len(rank), last + 2, dtype=torch.int64, device=rank.device)
+        edges.scatter_add_(1, low, several.long()).scatter_add_(1, torch.where(several, high, low), -several.long())
+        among = torch.zeros_like(self.bad).scatter(1, order, edges.cumsum(1)[:, :-1] > 0)
+        a, k = several.nonzero().unbind(1)
+        among[a, p[a, k]] = True
+        return among & ~self.bad
 
 
 def _kinds(labels, reference_labels, offset, rows: slice) -> tuple[Tensor, Tensor]:

@@ -287,6 +287,11 @@ def strategy(
     triplets = triplets_of(
         embeddings, labels, positive, negative, options.distance, references, reference_labels, offset
     )
+    return mined(triplets, embeddings, options, references, weight)
+
+
+def mined(triplets, embeddings, options, references=None, weight=None):
+    """The loss of triplets in ascending order of the anchor, by anchor: see `strategy`."""
     rows = [a for a, _, _ in triplets]
     if options.reduction == "none" and weight is not None:
         weight = np.asarray(weight, np.float64)[rows]

@@ -144,7 +144,10 @@ def _negative_distance(distances: list[Tensor], measure: Measure) -> Tensor:
 
 def _excess(distances: list[Tensor], measure: Measure) -> Tensor:
     """t = d_ap - d_an + m: how far a triplet is from being satisfied."""
-    return distances[0] - _negative_distance(distances, measure) + measure.margin
+    negative = _negative_distance(distances, measure)
+    if measure.distance == P_NORM:  # in torch's order: it is for rounding to say where t is 0
+        return measure.margin + distances[0] - negative
+    return distances[0] - negative + measure.margin
 
 
 def _loss(t: Tensor, measure: Measure) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import wide_dtype
+from .reference import sum_in_order, wide_dtype
 
 _BOUND_BYTES = 8 << 20  # of float64 products held at a time
 _EXACT_BYTES = 8 << 20  # of float64 squares held at a time
@@ -99,33 +99,8 @@ def _upper_bounds(x: Tensor, y: Tensor, margin: float) -> Tensor:
 
 
 def _squares(x: Tensor, rows: Tensor) -> Tensor:
-    """sum((x - y)**2) of some rows and all, [D, B], [A] -> [A, B], added up in the order of numpy.sum.
-
-    Element by element, so that equal rows tie bit by bit: torch.sum adds in an order that depends on the place.
-    """
-
-    def term(start: int, stop: int) -> Tensor:
-        return (x[start:stop, None] - x[start:stop, rows, None]).square_()
-
-    def total(start: int, count: int) -> Tensor:
-        if count > 128:
-            half = count // 2 - count // 2 % 8
-            return total(start, half) + total(start + half, count - half)
-        eights = count - count % 8
-        if eights:
-            lanes = term(start, start + 8)
-            for i in range(8, eights, 8):
-                lanes += term(start + i, start + i + 8)
-            for _ in range(3):
-                lanes = lanes[0::2] + lanes[1::2]
-            out = lanes[0]
-        else:
-            out = x.new_zeros(len(rows), x.shape[1])
-        for i in range(start + eights, start + count):
-            out += term(i, i + 1)[0]
-        return out
-
-    return total(0, x.shape[0])
+    """sum((x - y)**2) of some rows and all, [D, B], [A] -> [A, B], as numpy.sum adds it up."""
+    return sum_in_order(lambda start, stop: (x[start:stop, None] - x[start:stop, rows, None]).square_(), x.shape[0])
 
 
 def _hardest_pairs(far: Tensor, near: Tensor, margin: float, k: int, floor: float) -> tuple[Tensor, Tensor]:

@@ -356,32 +356,28 @@ def indexed_triplet_loss_backward(
 # --- distances of a block of anchors to all references ----------------------------------------------------------
 
 
-def sum_in_order(term: Callable[[int, int], Tensor], count: int) -> Tensor:
-    """term(0, count).sum(0) in the order of numpy.sum, where term(i, j) gives terms i to j - 1, [j - i, ...].
+def sum_in_order(term: Callable[[int, int], Tensor], count: int, start: int = 0) -> Tensor:
+    """The sum of `count` terms in the order of numpy.sum, where term(i, j), a new tensor, has terms i to j - 1.
 
     Element by element, so that equal terms give equal sums bit by bit: torch.sum adds in an order that depends on
     the place of the element and on the device.
     """
-
-    def total(start: int, count: int) -> Tensor:
-        if count > 128:
-            half = count // 2 - count // 2 % 8
-            return total(start, half) + total(start + half, count - half)
-        eights = count - count % 8
-        if eights:
-            lanes = term(start, start + 8)
-            for i in range(8, eights, 8):
-                lanes = lanes.add_(term(start + i, start + i + 8))
-            for _ in range(3):
-                lanes = lanes[0::2] + lanes[1::2]
-            out = lanes[0]
-        else:
-            out = term(start, start).sum(0)  # zeros
-        for i in range(start + eights, start + count):
-            out = out + term(i, i + 1)[0]
-        return out
-
-    return total(0, count)
+    if count > 128:
+        half = count // 2 - count // 2 % 8
+        return sum_in_order(term, half, start) + sum_in_order(term, count - half, start + half)
+    eights = count - count % 8
+    if eights:
+        lanes = term(start, start + 8)
+        for i in range(8, eights, 8):
+            lanes = lanes.add_(term(start + i, start + i + 8))
+        for _ in range(3):
+            lanes = lanes[0::2] + lanes[1::2]
+        out = lanes[0]
+    else:
+        out = term(start, start).sum(0)  # zeros
+    for i in range(start + eights, start + count):
+        out = out + term(i, i + 1)[0]
+    return out
 
 
 class _Sides(NamedTuple):
@@ -573,7 +569,7 @@ class _Ranking:
         return self._instead(found, among)
 
     def _is_close(self, rank: Tensor, count: Tensor, d_ap: Tensor, beyond: Tensor) -> bool:
-        """Whether any of the sorted negatives is close to its neighbour or to a positive: seldom, unless rows repeat."""
+        """Whether any of the sorted negatives is close to its neighbour or to a positive: seldom, if no rows repeat."""
         last = rank.shape[1] - 1
         ties = (rank[:, 1:] - rank[:, :-1] <= self.gap) & (torch.arange(last, device=rank.device) + 1 < count)
         above = (rank.gather(1, beyond.clamp_max(last)) - d_ap <= self.gap) & (beyond < count)

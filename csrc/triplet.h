@@ -82,6 +82,14 @@ TRIPLET_FN T negative_distance_of(T an, T pn, bool swap) {
   return swap && (pn < an || pn != pn) ? pn : an;
 }
 
+// t, of the negative distance that is measured. PNorm's derivative at 0 is not that below it, and it is for rounding to
+// say where t is 0: it adds up in torch's order.
+template <typename T>
+TRIPLET_FN T triplet_excess_of(T ap, T negative, const Measure& measure) {
+  const T margin = T(measure.margin);
+  return measure.distance == Distance::PNorm ? margin + ap - negative : ap - negative + margin;
+}
+
 // The part of the slope that goes to (p, n) instead of (a, n).
 template <typename T>
 TRIPLET_FN T swapped_share_of(T an, T pn, const Measure& measure) {

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 FLOOR = 1e-8  # of a norm in the cosine distance
-COSINE_TIE = 2.0**-48  # the cosine distance has roots and quotients in it: what rounding can't tell apart is a tie
+COSINE_TIE = 2.0**-48  # the cosine distance has roots and quotients in it: what rounding can't tell apart ties
 
 
 class Options(NamedTuple):
@@ -180,42 +180,85 @@ def explicit(anchor, positive, negative, options, weight=None):
 def ranks(x, r, kind):
     """What the references are ranked by, for one anchor: monotone in the distance, and exact where that can be."""
     if kind != "cosine":
-        return ((x - r) ** 2).sum(1)  # equal squares have equal roots, but unequal ones may have, too
+        return ((x - r) ** 2).sum(1)  # without a root, which may make unequal squares equal
     nx, nr = norm(x), np.sqrt((r * r).sum(1))
     u, v = x / max(nx, FLOOR), r / np.where(nr < FLOOR, FLOOR, nr)[:, None]
     # 1 - u.v of unit vectors is half a square, free of cancellation; rows below the floor are no unit vectors.
     return np.where((nx > FLOOR) & (nr > FLOOR), ((u - v) ** 2).sum(1) / 2, 1 - (u * v).sum(1))
 
 
-def best(candidates, rank, tie):
-    """The lowest index among the candidates of the highest rank; -1 if there is no candidate."""
-    if not candidates:
-        return -1
-    highest = max(rank[j] for j in candidates)
-    return min(j for j in candidates if rank[j] >= highest - tie)
+def farthest(candidates, rank, tie):
+    """The lowest index among the candidates of the largest rank."""
+    largest = max(rank[j] for j in candidates)
+    return min(j for j in candidates if rank[j] >= largest - tie)
 
 
-def select(embeddings, labels, distance, references=None, reference_labels=None, offset=None):
-    """The farthest positive and the nearest negative of each anchor, -1 where there is none."""
+def nearest(candidates, rank, tie):
+    smallest = min(rank[j] for j in candidates)
+    return min(j for j in candidates if rank[j] <= smallest + tie)
+
+
+def semi_hard(candidates, rank, d_ap, tie):
+    beyond = [j for j in candidates if rank[j] > d_ap + tie]
+    return nearest(beyond, rank, tie) if beyond else farthest(candidates, rank, tie)
+
+
+class Anchor(NamedTuple):
+    """What an anchor chooses from: row numbers of references, ascending."""
+
+    positives: list
+    negatives: list
+    rank: np.ndarray  # of each reference
+    bad: np.ndarray  # whether it or the anchor is not finite: such a row comes before all others
+    tie: float
+
+    def choose(self, candidates, rule, *more):
+        bad = [j for j in candidates if self.bad[j]]
+        return bad[0] if bad else rule(candidates, self.rank, *more, self.tie)
+
+    def positive(self, rule):
+        """The positives that a rule takes."""
+        if rule == "all" or not self.positives:
+            return self.positives
+        return [self.choose(self.positives, {"hard": farthest, "easy": nearest}[rule])]
+
+    def negative(self, rule, p):
+        """The negatives that a rule takes for the positive p. None is farther than one that is not finite."""
+        if rule == "all" or not self.negatives:
+            return self.negatives
+        if rule == "hard":
+            return [self.choose(self.negatives, nearest)]
+        return [self.choose(self.negatives, semi_hard, np.inf if self.bad[p] else self.rank[p])]
+
+
+def anchors(embeddings, labels, distance, references=None, reference_labels=None, offset=None):
+    """An Anchor for each row of the embeddings."""
     x = np.asarray(embeddings, np.float64)
     if references is None:
         r, z, offset = x, labels, 0
     else:
         r, z = np.asarray(references, np.float64), reference_labels
     y, z = ([int(label) % 2**64 for label in some] for some in (labels, z))  # as 64-bit values
-    tie = COSINE_TIE if distance == "cosine" else 0
-    finite = np.isfinite(r).all(1)
-    positive, negative = [], []
     with np.errstate(all="ignore"):
+        # A norm beyond the range has no unit vector.
+        finite = [np.isfinite((s * s).sum(1) if distance == "cosine" else s.sum(1) * 0) for s in (x, r)]
         for i in range(len(x)):
-            rank = ranks(x[i], r, distance)
-            bad = ~finite | (not np.isfinite(x[i]).all())
             own = None if offset is None else i + offset
-            positives = [j for j in range(len(r)) if z[j] == y[i] and j != own]
-            negatives = [j for j in range(len(r)) if z[j] != y[i]]
-            # Rows that are not finite come before all others, on both sides.
-            positive.append(best(positives, np.where(bad, np.inf, rank), tie))
-            negative.append(best(negatives, np.where(bad, np.inf, -rank), tie))
+            yield Anchor(
+                [j for j in range(len(r)) if z[j] == y[i] and j != own],
+                [j for j in range(len(r)) if z[j] != y[i]],
+                ranks(x[i], r, distance),
+                ~(finite[0][i] & finite[1]),
+                COSINE_TIE if distance == "cosine" else 0,
+            )
+
+
+def select(embeddings, labels, distance, references=None, reference_labels=None, offset=None):
+    """The farthest positive and the nearest negative of each anchor, -1 where there is none."""
+    positive, negative = [], []
+    for anchor in anchors(embeddings, labels, distance, references, reference_labels, offset):
+        positive += anchor.positive("hard") or [-1]
+        negative += anchor.negative("hard", None) or [-1]
     return positive, negative
 
 
@@ -229,31 +272,11 @@ def triplets_of(
     embeddings, labels, positive, negative, distance_kind, references=None, reference_labels=None, offset=None
 ):
     """Every triplet (anchor, positive, negative) of a strategy, in ascending order, by the words of the definition."""
-    x = np.asarray(embeddings, np.float64)
-    if references is None:
-        r, z, offset = x, labels, 0
-    else:
-        r, z = np.asarray(references, np.float64), reference_labels
-    y, z = ([int(label) % 2**64 for label in some] for some in (labels, z))
     found = []
-    for i in range(len(x)):
-        own = None if offset is None else i + offset
-        positives = [j for j in range(len(r)) if z[j] == y[i] and j != own]
-        negatives = [j for j in range(len(r)) if z[j] != y[i]]
-        if not positives or not negatives:
-            continue
-        d = ranks(x[i], r, distance_kind)
-        near = [min(negatives, key=lambda n: (d[n], n))]
-        far = [min(negatives, key=lambda n: (-d[n], n))]
-        if positive == "hard":
-            positives = [min(positives, key=lambda p: (-d[p], p))]
-        if positive == "easy":
-            positives = [min(positives, key=lambda p: (d[p], p))]
-        for p in positives:
-            beyond = [n for n in negatives if d[n] > d[p]]
-            semi_hard = [min(beyond, key=lambda n: (d[n], n))] if beyond else far
-            for n in {"hard": near, "semi_hard": semi_hard, "all": negatives}[negative]:
-                found.append((i, p, n))
+    batch = (embeddings, labels, distance_kind, references, reference_labels, offset)
+    for i, anchor in enumerate(anchors(*batch)):
+        for p in anchor.positive(positive):
+            found += [(i, p, n) for n in anchor.negative(negative, p)]
     return found
 
 
@@ -264,13 +287,18 @@ def strategy(
     triplets = triplets_of(
         embeddings, labels, positive, negative, options.distance, references, reference_labels, offset
     )
-    anchors = [a for a, _, _ in triplets]
+    return mined(triplets, embeddings, options, references, weight)
+
+
+def mined(triplets, embeddings, options, references=None, weight=None):
+    """The loss of triplets in ascending order of the anchor, by anchor: see `strategy`."""
+    rows = [a for a, _, _ in triplets]
     if options.reduction == "none" and weight is not None:
-        weight = np.asarray(weight, np.float64)[anchors]
+        weight = np.asarray(weight, np.float64)[rows]
     result = indexed(embeddings, triplets, options, references, weight)
     if options.reduction != "none":
         return result
     sums = np.zeros(len(embeddings))
-    np.add.at(sums, anchors, result.value)
-    count = max(np.bincount(anchors, minlength=1)) if anchors else 1
+    np.add.at(sums, rows, result.value)
+    count = max(np.bincount(rows, minlength=1)) if rows else 1
     return result._replace(value=sums, scale=result.scale * count)

@@ -24,7 +24,7 @@ from common import (
     rows,
 )
 
-from triplet_ext import TripletLoss, Triplets, functional, mine
+from triplet_ext import Mining, TripletLoss, Triplets, functional, mine
 
 NAN, INF = math.nan, math.inf
 
@@ -327,6 +327,25 @@ def test_huge_and_tiny_rows(rng, device, backend, distance, dtype, scale):
         elif distance == "squared_euclidean" or scale > 1:
             size = np.abs(expected.gradients[0][np.isfinite(expected.gradients[0])]).max()
             assert_right_or_not_finite(grad, expected.gradients[0], size)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("width", [1, 3, 7, 19])
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e30), (torch.float64, 1e140)], ids=name)
+def test_huge_rows_of_one_sign(rng, device, backend, dtype, scale, width, sign):
+    """Which feature is the largest, and whether it is below 0, is not what a common scale depends on."""
+    spread = np.where(np.arange(width) == width - 1, scale, 1.0)
+    x = torch.from_numpy(sign * spread * rng.uniform(1, 2, (20, width))).to(dtype)
+    y = classes(rng, 20)
+    for distance in DISTANCES[:2]:
+        assert_selects(x.to(device), y.to(device), distance)
+    for rules in (("all", "all"), ("all", "semi_hard"), ("hard", "all")):
+        options = oracle.Options(0.5, "euclidean")
+        v = x.to(device).requires_grad_()
+        loss = functional.mined_triplet_loss(v, y.to(device), mining=Mining(*rules), margin=0.5, distance="euclidean")
+        expected = oracle.strategy(numpy(x), y.tolist(), *rules, options)
+        assert loss.isfinite()
+        assert_value(loss, expected.value, expected.scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)

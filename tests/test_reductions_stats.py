@@ -13,22 +13,36 @@ FORMS = ("explicit", "indexed", "indexed, references", "mined", "mined, referenc
 
 
 def a_call(rng, form, dtype, device, options):
-    """Positional and keyword arguments of a TripletLoss, and the oracle's result."""
+    """Positional and keyword arguments of a TripletLoss, and the oracle's result. At any margin up to 1, the triplet of
+    anchor 0 is inactive under the hinge, for its positive is the same row and all others are far; that of anchor 2 is
+    active, for a negative is the same row."""
     y = classes(rng, 30, device=device)
     among = torch.from_numpy(rng.integers(0, 30, 50)).to(device)
-    z = y[among]
-    # Around a centre for each class, so that some triplets are active and some are not.
+    # Around a centre for each class, so that some of the others are active and some are not.
     centre = 1.5 * rows(rng, 30, 8, device=device)[y.unique(return_inverse=True)[1]]
     x = (rows(rng, 30, 8, device=device) + centre).to(dtype)
     r = (rows(rng, 50, 8, device=device) + centre[among]).to(dtype)
+    y[:2], y[2:4] = 0, 1  # no label of the others, which are large
+    z = y[among]
+    z[0], z[1], z[2] = 0, 1, y[4]
+    x[:2] = r[z == 0] = 20 * torch.eye(8, dtype=dtype, device=device)[0]
+    x[3], x[4] = x[2] + 1, x[2]
+    r[1], r[2] = x[3], x[2]
     if form == "explicit":
         three = [rows(rng, 40, 8, dtype, device=device) for _ in range(3)]
+        three[1][0], three[2][0] = three[0][0], three[0][0] + 20
+        three[1][1], three[2][1] = three[0][1] + 1, three[0][1]
         return three, {}, oracle.explicit(*map(numpy, three), options)
     if form.startswith("indexed"):
         more = {"ref_embeddings": r} if form.endswith("references") else {}
         limit = 50 if more else 30
-        # Distinct anchors.
-        triplets = Triplets(torch.randperm(30, device=device)[:25], *row_numbers(rng, 25, limit, limit, device=device))
+        distinct = torch.from_numpy(rng.permutation([1, *range(3, 30)])[:23]).to(device)
+        triplets = Triplets(
+            torch.cat((torch.tensor([0, 2], device=device), distinct)),
+            *row_numbers(rng, 25, limit, limit, device=device),
+        )
+        triplets.positive[:2] = torch.tensor([0, 1] if more else [1, 3], device=device)
+        triplets.negative[:2] = torch.tensor([2, 2] if more else [2, 4], device=device)
         listed = list(zip(*(index.tolist() for index in triplets)))
         expected = oracle.indexed(numpy(x), listed, options, numpy(r) if more else None)
         return [x], {"triplets": triplets, **more}, expected

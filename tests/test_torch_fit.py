@@ -467,8 +467,12 @@ def test_copies(rng, device, backend, how):
     }[how]
     fresh = TripletLoss(0.3, **OPTIONS)
     assert_same(duplicate(fresh)(x, y), fresh(x, y))
-    used = duplicate(fresh)  # after a call, with what it remembers
+    used = duplicate(fresh)  # after a call, which it knows nothing of
+    with pytest.raises(RuntimeError, match="stats describe the last call, and this loss has not been called yet"):
+        used.stats  # noqa: B018
+    assert fresh.stats.triplets == fresh.stats.anchors > 0
     assert_same(used(x, y), fresh(x, y))
+    assert_same(list(used.stats), list(fresh.stats))
     assert repr(used) == repr(fresh)
     drop_in = TripletMarginLoss(0.3, p=3, swap=True)
     assert_same(duplicate(drop_in)(x, x + 1, x * 2), drop_in(x, x + 1, x * 2))

@@ -66,7 +66,8 @@ class TripletLoss(torch.nn.Module):
 
     @property
     def stats(self) -> TripletStats:
-        """:class:`~triplet_ext.functional.TripletStats` of the last call. RuntimeError before the first."""
+        """:class:`~triplet_ext.functional.TripletStats` of the last call of this object. RuntimeError before the first:
+        a copy or a pickle has the options and no statistics, which are on the device of that call."""
         if self._stats is None:
             raise RuntimeError("stats describe the last call, and this loss has not been called yet")
         return functional.stats_of(self._stats)

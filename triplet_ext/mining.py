@@ -81,10 +81,12 @@ def mine(
 ) -> Triplets:
     """The triplets that a strategy takes from a batch, in ascending order of the anchor.
 
-    Ties go to the lowest index. On the CPU the selection is exact: what float64 arithmetic would choose. On CUDA
-    distances are compared in float32 (float64 for float64), and in large batches batch-hard uses the tensor cores in
-    the precision of ``torch.get_float32_matmul_precision()``. No B x R matrix is stored. The number of triplets depends
-    on the data, so on a GPU this call waits for it (the losses do not).
+    Every rule compares what float64 arithmetic gives for the sum of (x - y)^2 of the rows as they came, without a root
+    (for the cosine distance, of the rows at unit length, where differences up to 2^-48 are ties). Equal rows tie
+    exactly, and ties go to the lowest index. A row that is not finite is taken before all others; from a positive that
+    is not, no negative counts as farther. On CUDA, rules compare in float32 so far (float64 for float64), and in large
+    batches batch-hard uses the tensor cores in the precision of ``torch.get_float32_matmul_precision()``. No B x R
+    matrix is stored. The number of triplets depends on the data, so on a GPU this call waits for it; the losses do not.
 
     Args:
         embeddings: [B, D], float32, float64, float16 or bfloat16.

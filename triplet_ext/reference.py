@@ -11,6 +11,7 @@ Symbols: B embeddings, R references, T triplets, D features; ``distances`` are r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Optional
 
 import torch
@@ -26,10 +27,8 @@ _COSINE_FLOOR = 1e-8  # of a norm, as in torch.nn.functional.cosine_similarity
 _COSINE_TIE = 2.0**-48
 # torch 2.14 moved the derivative of clamp_min at its bound from 1 to 0.
 _SLOPE_AT_ZERO = 0.0 if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14) else 1.0
-_DOWN = 2.0**-520  # half the range of float64
 _PIECE = 1024  # numbers that are added up at a time
-_BLOCK_BYTES = 32 << 20  # of float64 distances held at a time by the selection
-_MINED_BYTES = 3 << 20  # the same by other strategies, which hold some ten arrays of that size
+_MINED_BYTES = 3 << 20  # of float64 distances held at a time; there are some ten arrays of that size
 
 
 class Measure(NamedTuple):
@@ -145,7 +144,10 @@ def _negative_distance(distances: list[Tensor], measure: Measure) -> Tensor:
 
 def _excess(distances: list[Tensor], measure: Measure) -> Tensor:
     """t = d_ap - d_an + m: how far a triplet is from being satisfied."""
-    return distances[0] - _negative_distance(distances, measure) + measure.margin
+    negative = _negative_distance(distances, measure)
+    if measure.distance == P_NORM:  # in torch's order: it is for rounding to say where t is 0
+        return measure.margin + distances[0] - negative
+    return distances[0] - negative + measure.margin
 
 
 def _loss(t: Tensor, measure: Measure) -> Tensor:
@@ -382,67 +384,39 @@ def indexed_triplet_loss_backward(
     return own.to(embeddings.dtype), other.to(references.dtype)
 
 
-# --- selection ------------------------------------------------------------------------------------------------
+# --- distances of a block of anchors to all references ----------------------------------------------------------
 
 
-def _differences(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """|x - y| of all pairs, [B, D], [R, D] -> [B, R], from the differences; rows of that dtype came in."""
-    mode = "donot_use_mm_for_euclid_dist"
-    d = torch.cdist(x, y, compute_mode=mode)
-    if dtype != torch.float64:
-        return d
-    # Where a square leaves the range, the distance need not.
-    return torch.where(d.isfinite(), d, torch.cdist(x * _DOWN, y * _DOWN, compute_mode=mode) / _DOWN)
+def sum_in_order(term: Callable[[int, int], Tensor], count: int, start: int = 0) -> Tensor:
+    """The sum of `count` terms in the order of numpy.sum, where term(i, j), a new tensor, has terms i to j - 1.
 
-
-def select_hardest(embeddings, labels, references, reference_labels, reference_offset, distance):
-    """The farthest positive and the nearest negative of each anchor, int64 [B] each; -1 where there is none.
-
-    Distances are taken in float64 from the differences themselves, so that equal rows tie exactly; ties go to the
-    lowest index. What the root of the Euclidean distance makes equal is a tie, too (in the kernels it is not), and so
-    is what rounding can't tell apart in the cosine distance, which has roots and quotients in it. A row that is not
-    finite comes before all others on both sides.
+    Element by element, so that equal terms give equal sums bit by bit: torch.sum adds in an order that depends on
+    the place of the element and on the device.
     """
-    wide = wide_dtype(embeddings.device)
-    others, other_labels, offset = _alone(embeddings, labels, references, reference_labels, reference_offset)
-    x, r = embeddings.to(wide), others.to(wide)
-    tie, lack_x, lack_r = 0.0, None, None
-    if distance == "cosine":
-        x, _, lack_x = _unit(x)
-        r, _, lack_r = _unit(r)
-        tie = _COSINE_TIE if wide == torch.float64 else 0.0
-    count, total = x.shape[0], r.shape[0]
-    positive = torch.full((count,), -1, dtype=torch.int64, device=x.device)
-    negative = positive.clone()
-    if total == 0:
-        return positive, negative
-    for rows in _blocks(count, total, _BLOCK_BYTES):
-        d = _differences(x[rows], r, embeddings.dtype)
-        if lack_x is not None and lack_r is not None:
-            d = (d.square() + lack_x[rows] + lack_r.T) / 2
-        is_positive, is_negative = _kinds(labels, other_labels, offset, rows)
-        finite = d.isfinite()
-        farthest = torch.where(finite, d, math.inf).masked_fill(~is_positive, -1)
-        nearest = torch.where(finite, d, -1).masked_fill(~is_negative, math.inf)
-        farthest = (farthest >= farthest.amax(1, keepdim=True) - tie).to(torch.uint8).argmax(1)
-        nearest = (nearest <= nearest.amin(1, keepdim=True) + tie).to(torch.uint8).argmax(1)
-        positive[rows] = torch.where(is_positive.any(1), farthest, -1)
-        negative[rows] = torch.where(is_negative.any(1), nearest, -1)
-    return positive, negative
-
-
-# --- every other strategy ---------------------------------------------------------------------------------------
-
-# A strategy is a rule for positives and one for negatives: see triplet_ext.Mining. hard x hard is select_hardest;
-# one positive and one negative an anchor are select_pair, then an indexed loss; what is left takes whole rows of
-# distances, a block of anchors at a time, and turns them into weights of dd(a, j) in the gradient.
+    if count > 128:
+        half = count // 2 - count // 2 % 8
+        return sum_in_order(term, half, start) + sum_in_order(term, count - half, start + half)
+    eights = count - count % 8
+    if eights:
+        lanes = term(start, start + 8)
+        for i in range(8, eights, 8):
+            lanes = lanes.add_(term(start + i, start + i + 8))
+        for _ in range(3):
+            lanes = lanes[0::2] + lanes[1::2]
+        out = lanes[0]
+    else:
+        out = term(start, start).sum(0)  # zeros
+    for i in range(start + eights, start + count):
+        out = out + term(i, i + 1)[0]
+    return out
 
 
 class _Sides(NamedTuple):
-    """Both sides of a batch in the wide type."""
+    """Both sides of a batch, in the wide type where not said otherwise."""
 
     x: Tensor  # [B, D], relative to a row of the batch; of unit length for the cosine distance
     r: Tensor  # [R, D]
+    given: tuple[Tensor, Tensor]  # both as they came, in their dtype; of unit length for the cosine distance
     inverse: tuple[Optional[Tensor], Optional[Tensor]]  # [B, 1], [R, 1] of the cosine distance, as _unit gives them
     lack: tuple[Optional[Tensor], Optional[Tensor]]
     finite_x: Tensor  # [B]
@@ -452,47 +426,203 @@ class _Sides(NamedTuple):
 def _sides(embeddings: Tensor, references: Tensor, distance: str) -> _Sides:
     def side(source: Tensor, centre: Optional[Tensor]):
         x = source.to(wide_dtype(source.device))
-        good = x.square().sum(1).isfinite()
-        x = torch.where(good[:, None], x, 0)  # such rows are seen to at the end, and are not to spoil the others
+        finite = (x.square().sum(1) if distance == "cosine" else x).isfinite()
+        finite = finite if distance == "cosine" else finite.all(1)
+        x = torch.where(finite[:, None], x, 0)  # such rows are seen to at the end, and are not to spoil the others
         if distance == "cosine":
-            return *_unit(x), good, None
+            x, inverse, lack = _unit(x)
+            return x, x, inverse, lack, finite, None
         if centre is None and len(x):
             # Differences stay, rounding does not; and small integers stay integers.
-            centre = x[good.to(torch.uint8).argmax()].detach()
-        return x if centre is None else x - centre, None, None, good, centre
+            centre = x[finite.to(torch.uint8).argmax()].detach()
+        return x if centre is None else x - centre, source, None, None, finite, centre
 
-    r, inverse_r, lack_r, finite_r, centre = side(references, None)
+    r, given_r, inverse_r, lack_r, finite_r, centre = side(references, None)
     if references is embeddings:
-        x, inverse_x, lack_x, finite_x = r, inverse_r, lack_r, finite_r
+        x, given_x, inverse_x, lack_x, finite_x = r, given_r, inverse_r, lack_r, finite_r
     else:
-        x, inverse_x, lack_x, finite_x, _ = side(embeddings, centre)
-    return _Sides(x, r, (inverse_x, inverse_r), (lack_x, lack_r), finite_x, finite_r)
+        x, given_x, inverse_x, lack_x, finite_x, _ = side(embeddings, centre)
+    return _Sides(x, r, (given_x, given_r), (inverse_x, inverse_r), (lack_x, lack_r), finite_x, finite_r)
 
 
-def _block_distances(sides: _Sides, rows: slice, distance: str) -> Tensor:
-    """d(a, j) of a block of anchors and all references, [b, R], from products where these lose nothing and from
-    differences where they would."""
-    x, r = sides.x[rows], sides.r
-    square_x, square_r = x.square().sum(1, keepdim=True), r.square().sum(1)
-    product = square_x + square_r - 2 * (x @ r.T)
-    with torch.no_grad():
-        small = product < 1e-6 * (square_x + square_r)
-        i, j = small.nonzero().unbind(1)
-        if len(i) > 16 * len(x):  # many duplicates
-            exact = torch.cdist(x, r, compute_mode="donot_use_mm_for_euclid_dist").square()
-            correction = torch.where(small, exact - product, 0)
-        else:
-            exact = (x[i] - r[j]).square().sum(1)
-            correction = torch.zeros_like(product).index_put((i, j), exact - product[i, j])
-    d = (product + correction).clamp_min(0)
-    if distance == "cosine":
-        lack_x, lack_r = sides.lack
-        assert lack_x is not None and lack_r is not None
-        return (d + lack_x[rows] + lack_r.T) / 2
-    if distance == "squared_euclidean":
-        return d
-    zero = d == 0
-    return torch.where(zero, 0, torch.where(zero, 1, d).sqrt())
+def _first(mask: Tensor) -> Tensor:
+    return mask.to(torch.uint8).argmax(1)
+
+
+def _least(values: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """The least of values[start : stop], [b, R], [b, K], [b, K] -> [b, K]; of one value at least."""
+    count, last, reach = stop - start, values.shape[1] - 1, 1
+    found = values.gather(1, start.clamp(0, last))
+    most = int(count.max()) if count.numel() else 0
+    while 2 * reach <= most:
+        values = torch.minimum(values[:, :-reach], values[:, reach:])  # of twice as many from each place on
+        reach, last = 2 * reach, last - reach
+        least = torch.minimum(*(values.gather(1, at.clamp(0, last)) for at in (start, stop - reach)))
+        found = torch.where(count >= reach, least, found)
+    return found
+
+
+class _Ranking:
+    """A block of anchors' references by distance, and the rules that choose among them.
+
+    What decides is `rank`, [b, R]: the sum of (x - y)^2 in float64, from the rows as they came and without a root; for
+    the cosine distance, the distance. Ties go to the lowest index; ranks that differ by no more than `tie` are one.
+    Most of it comes from a matrix product, whose error is known. Before a rule chooses, ranks that are so close that
+    the error might decide are replaced by exact ones. Rows that are not finite come before all others; from such a
+    positive, no negative is farther.
+    """
+
+    def __init__(self, sides: _Sides, rows: slice, distance: str):
+        self.sides, self.rows, self.graph = sides, rows, torch.is_grad_enabled()
+        self.bad = ~(sides.finite_r & sides.finite_x[rows, None])
+        x, r = sides.x[rows], sides.r
+        self.tie = _COSINE_TIE if distance == "cosine" and x.dtype == torch.float64 else 0.0
+        square_x, square_r = x.square().sum(1, keepdim=True), r.square().sum(1)
+        rank = square_x + square_r - 2 * (x @ r.T)
+        with torch.no_grad():
+            # With u = 2^-53 and D features, the product is off by at most (2 D + 16) u (|x|^2 + |y|^2), and the exact
+            # sum, as rounded, by (2 D + 4) u of that; the slack is twice their sum, and what underflows.
+            number, width = torch.finfo(x.dtype), x.shape[1]
+            slack = (8 * width + 80) * number.eps / 2 * (square_x + square_r.amax()) + (width + 8) * number.tiny
+            known = slack.isfinite()
+            # [b, 1]: a larger gap is there without rounding, too, and no tie.
+            self.gap = torch.where(known, 2 * slack + self.tie, self.tie)
+            self.close = rank < 1e-6 * (square_x + square_r)
+        self.rank = self._with_lack(rank.clamp_min(0))
+        self.settle(~known & ~self.bad)
+
+    def measured(self, distance: str) -> Tensor:
+        """The distances [b, R], close ones without cancellation."""
+        self.settle(self.close & ~self.bad)
+        if distance != "euclidean":
+            return self.rank
+        zero = self.rank == 0
+        return torch.where(zero, 0, torch.where(zero, 1, self.rank).sqrt())
+
+    def _with_lack(self, squares: Tensor) -> Tensor:
+        lack_x, lack_r = self.sides.lack
+        if lack_x is None or lack_r is None:
+            return squares
+        return (squares + lack_x[self.rows] + lack_r.T) / 2
+
+    def settle(self, doubtful: Tensor) -> bool:
+        """Makes these ranks exact, if there are any, [b, R]."""
+        i, j = doubtful.nonzero().unbind(1)
+        if not len(i):
+            return False
+        with torch.set_grad_enabled(self.graph):
+            if len(i) > doubtful.numel() // 4:
+                self.rank = torch.where(doubtful, self._exact(), self.rank)
+            else:
+                self.rank = self.rank.index_put((i, j), self._exact_pairs(i, j))
+        return True
+
+    def _exact(self) -> Tensor:
+        (x, r), wide = self.sides.given, self.rank.dtype
+        columns, parts = x[self.rows].to(wide).T, []
+        for a in columns.split(max(1, _MINED_BYTES // (16 * 8 * len(r))), 1):
+
+            def term(start: int, stop: int, a: Tensor = a) -> Tensor:
+                return self._square(a[start:stop, :, None] - r[:, start:stop].to(wide).T.contiguous()[:, None])
+
+            parts.append(sum_in_order(term, x.shape[1]))
+        return self._with_lack(torch.cat(parts))
+
+    def _square(self, x: Tensor) -> Tensor:
+        return x.square() if self.graph else x.square_()  # large new tensors cost more than their elements
+
+    def _exact_pairs(self, i: Tensor, j: Tensor) -> Tensor:
+        (x, r), wide, i = self.sides.given, self.rank.dtype, i + self.rows.start
+        step = max(1, _MINED_BYTES // (4 * 8 * max(1, x.shape[1])))
+        parts = []
+        for a, b in zip(i.split(step), j.split(step)):
+            difference = (x[a].to(wide) - r[b].to(wide)).T.contiguous()
+
+            def term(start: int, stop: int, of: Tensor = difference) -> Tensor:
+                return of[start:stop].square()
+
+            parts.append(sum_in_order(term, x.shape[1]))
+        square = torch.cat(parts)
+        lack_x, lack_r = self.sides.lack
+        return square if lack_x is None or lack_r is None else (square + lack_x[i, 0] + lack_r[j, 0]) / 2
+
+    def _instead(self, chosen: Tensor, among: Tensor) -> Tensor:
+        """The first that is not finite, if there is any: chosen [b] or [b, K], among [b, R]."""
+        bad = self.bad & among
+        first, there = _first(bad), bad.any(1)
+        if chosen.dim() == 2:
+            first, there = first[:, None], there[:, None]
+        return torch.where(there, first, chosen)
+
+    @torch.no_grad()
+    def extreme(self, among: Tensor, largest: bool) -> Tensor:
+        """The farthest or the nearest, [b]; whatever where there is none."""
+        good = among & ~self.bad
+
+        def within(gap: Tensor | float) -> Tensor:
+            rank = self.rank.detach()
+            if largest:
+                return good & (rank >= rank.masked_fill(~good, -1).amax(1, keepdim=True) - gap)
+            return good & (rank <= rank.masked_fill(~good, math.inf).amin(1, keepdim=True) + gap)
+
+        near = within(self.gap)
+        several = near.sum(1, keepdim=True) > 1
+        if self.settle(near & several):
+            near = within(self.tie)
+        return self._instead(_first(near), among)
+
+    @torch.no_grad()
+    def semi_hard(self, among: Tensor, p: Tensor) -> Tensor:
+        """The nearest that is farther than reference p, or else the farthest: among [b, R], p [b, K] -> [b, K];
+        whatever where there is none."""
+        good = among & ~self.bad
+        count = good.sum(1, keepdim=True)
+
+        def ordered() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            rank = self.rank.detach()
+            most = torch.finfo(rank.dtype).max  # a square that overflowed is less than what is not there
+            rank, order = rank.clamp_max(most).masked_fill(~good, math.inf).sort(dim=1, stable=True)
+            d_ap = self.rank.detach().gather(1, p).masked_fill(self.bad.gather(1, p), math.inf)
+            return rank, order, d_ap, torch.searchsorted(rank, d_ap + self.tie, right=True)
+
+        rank, order, d_ap, beyond = ordered()
+        if self._is_close(rank, count, d_ap, beyond) and self.settle(self._candidates(rank, order, count, p, d_ap)):
+            rank, order, d_ap, beyond = ordered()
+        last = rank.gather(1, (count - 1).clamp_min(0))
+        is_beyond = beyond < count
+        start = torch.where(is_beyond, beyond, torch.searchsorted(rank, last - self.tie))
+        if self.tie:
+            nearest = rank.gather(1, start.clamp_max(rank.shape[1] - 1))
+            stop = torch.where(is_beyond, torch.searchsorted(rank, nearest + self.tie, right=True), count)
+            found = _least(order, start, stop)
+        else:  # the sort has put the lowest index first
+            found = order.gather(1, start.clamp_max(rank.shape[1] - 1))
+        return self._instead(found, among)
+
+    def _is_close(self, rank: Tensor, count: Tensor, d_ap: Tensor, beyond: Tensor) -> bool:
+        """Whether any of the sorted negatives is close to its neighbour or to a positive: seldom, if no rows repeat."""
+        last = rank.shape[1] - 1
+        ties = (rank[:, 1:] - rank[:, :-1] <= self.gap) & (torch.arange(last, device=rank.device) + 1 < count)
+        above = (rank.gather(1, beyond.clamp_max(last)) - d_ap <= self.gap) & (beyond < count)
+        below = (d_ap - rank.gather(1, (beyond - 1).clamp_min(0)) <= self.gap) & (beyond > 0)
+        return bool(ties.any() | (above | below).any())
+
+    def _candidates(self, rank: Tensor, order: Tensor, count: Tensor, p: Tensor, d_ap: Tensor) -> Tensor:
+        """Which negatives might be semi-hard for any of the positives p, where more than one is, and such positives."""
+        last = rank.shape[1] - 1
+        low = torch.searchsorted(rank, d_ap - self.gap)
+        beyond = torch.searchsorted(rank, d_ap + self.gap, right=True)  # the first that is for certain
+        up_to = rank.gather(1, beyond.clamp_max(last)) + self.gap
+        high = torch.where(beyond < count, torch.searchsorted(rank, up_to, right=True), count).minimum(count)
+        farthest = torch.searchsorted(rank, rank.gather(1, (count - 1).clamp_min(0)) - self.gap)
+        low = torch.where(beyond < count, low, low.minimum(farthest))
+        several = high - low > 1
+        edges = torch.zeros(len(rank), last + 2, dtype=torch.int64, device=rank.device)
+        edges.scatter_add_(1, low, several.long()).scatter_add_(1, torch.where(several, high, low), -several.long())
+        among = torch.zeros_like(self.bad).scatter(1, order, edges.cumsum(1)[:, :-1] > 0)
+        a, k = several.nonzero().unbind(1)
+        among[a, p[a, k]] = True
+        return among & ~self.bad
 
 
 def _kinds(labels, reference_labels, offset, rows: slice) -> tuple[Tensor, Tensor]:
@@ -505,29 +635,6 @@ def _kinds(labels, reference_labels, offset, rows: slice) -> tuple[Tensor, Tenso
     return same & (column != own[:, None]), ~same
 
 
-def _first(mask: Tensor) -> Tensor:
-    return mask.to(torch.uint8).argmax(1)
-
-
-def _extreme(d: Tensor, among: Tensor, largest: bool) -> Tensor:
-    """The farthest or the nearest, [b]; ties to the lowest index."""
-    if largest:
-        d = d.masked_fill(~among, -1)
-        return _first(d == d.amax(1, keepdim=True))
-    d = d.masked_fill(~among, math.inf)
-    return _first(d == d.amin(1, keepdim=True))
-
-
-def _semi_hard(d: Tensor, is_negative: Tensor, d_ap: Tensor) -> Tensor:
-    """The nearest negative with d_an > d_ap, or else the farthest: d [b, R], d_ap [b, K] -> indices [b, K]."""
-    ordered, order = d.masked_fill(~is_negative, math.inf).sort(dim=1, stable=True)
-    count = is_negative.sum(1, keepdim=True)
-    beyond = torch.searchsorted(ordered, d_ap.contiguous(), right=True)
-    last = ordered.gather(1, (count - 1).clamp_min(0))
-    farthest = torch.searchsorted(ordered, last)  # the lowest index of those that are equally far
-    return order.gather(1, torch.where(beyond < count, beyond, farthest).clamp_max(d.shape[1] - 1))
-
-
 def _columns(taken: Tensor) -> tuple[Tensor, Tensor]:
     """The columns that are taken of each row, in ascending order: [b, R] -> [b, K], and which of those there are."""
     count = taken.sum(1)
@@ -538,39 +645,52 @@ def _columns(taken: Tensor) -> tuple[Tensor, Tensor]:
     return columns.index_put((row, rank), column), there
 
 
-def _blocks(count: int, total: int, size: int = _MINED_BYTES):
-    """Anchors in turn, as many as have `size` bytes of distances."""
-    step = max(1, size // (8 * max(1, total)))
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
-
-
 def _alone(embeddings, labels, references, reference_labels, offset):
     """References, their labels and the offset, where the batch is its own references."""
     return (embeddings, labels, 0) if references is None else (references, reference_labels, offset)
 
 
+def _ranked_blocks(sides: _Sides, labels, other_labels, offset, distance: str):
+    """(anchors, their ranking, its positives, its negatives): anchors in turn, as many as _MINED_BYTES hold."""
+    count, total = len(sides.x), len(sides.r)
+    step = max(1, _MINED_BYTES // (8 * max(1, total)))
+    for start in range(0, count if total else 0, step):
+        rows = slice(start, min(start + step, count))
+        yield rows, _Ranking(sides, rows, distance), *_kinds(labels, other_labels, offset, rows)
+
+
+# --- selection ------------------------------------------------------------------------------------------------
+
+
+def select_hardest(embeddings, labels, references, reference_labels, reference_offset, distance):
+    """The farthest positive and the nearest negative of each anchor, int64 [B] each; -1 where there is none."""
+    batch = (embeddings, labels, references, reference_labels, reference_offset)
+    return select_pair(*batch, distance, "hard", "hard")
+
+
+@torch.no_grad()
 def select_pair(embeddings, labels, references, reference_labels, reference_offset, distance, positive, negative):
     """One positive (hard or easy) and one negative (hard or semi_hard) of each anchor, int64 [B] each; -1 where
-    there is none. Rows that are not finite come before all others."""
+    there is none."""
     others, other_labels, offset = _alone(embeddings, labels, references, reference_labels, reference_offset)
     chosen = torch.full((2, embeddings.shape[0]), -1, dtype=torch.int64, device=embeddings.device)
-    if others.shape[0] == 0:
-        return chosen[0], chosen[1].clone()
     sides = _sides(embeddings, others, distance)
-    for rows in _blocks(embeddings.shape[0], others.shape[0]):
-        d = _block_distances(sides, rows, distance)
-        is_positive, is_negative = _kinds(labels, other_labels, offset, rows)
-        p = _extreme(d, is_positive, positive == "hard")
+    for rows, ranking, is_positive, is_negative in _ranked_blocks(sides, labels, other_labels, offset, distance):
+        p = ranking.extreme(is_positive, positive == "hard")
         if negative == "hard":
-            n = _extreme(d, is_negative, False)
+            n = ranking.extreme(is_negative, False)
         else:
-            n = _semi_hard(d, is_negative, d.gather(1, p[:, None])).squeeze(1)
-        bad = ~(sides.finite_r & sides.finite_x[rows, None])
+            n = ranking.semi_hard(is_negative, p[:, None]).squeeze(1)
         for into, index, among in ((0, p, is_positive), (1, n, is_negative)):
-            index = torch.where((bad & among).any(1), _first(bad & among), index)
             chosen[into, rows] = torch.where(among.any(1), index, -1)
     return chosen[0], chosen[1].clone()
+
+
+# --- every other strategy ---------------------------------------------------------------------------------------
+
+# A strategy is a rule for positives and one for negatives: see triplet_ext.Mining. One positive and one negative an
+# anchor are select_pair, then an indexed loss; what is left takes whole rows of distances, a block of anchors at a
+# time, and turns them into weights of dd(a, j) in the gradient.
 
 
 class _Rows(NamedTuple):
@@ -584,24 +704,21 @@ class _Rows(NamedTuple):
     negative: Tensor
 
 
-def _mined_rows(d: Tensor, taken: Tensor, is_negative: Tensor, negative: str, measure: Measure) -> _Rows:
-    """Of the triplets (a, p, n) with p among `taken` and n by the rule for negatives."""
-    p, there = _columns(taken)  # [b, K]
+def _mined_rows(
+    d: Tensor, p: Tensor, there: Tensor, n: Optional[Tensor], is_negative: Tensor, measure: Measure
+) -> _Rows:
+    """Of the triplets (a, p, n) with the positives p that are there, and their negatives n or, None, all of them."""
     d_ap = _take(d, p)
-    zero = torch.zeros_like(d)
-    if negative != "all":
-        if negative == "hard":
-            n = _extreme(d, is_negative, False)[:, None].expand_as(p)
-        else:
-            n = _semi_hard(d, is_negative, d_ap)
+    zero, count_p = torch.zeros_like(d), there.sum(1)
+    if n is not None:
         d_an = _take(d, n)
         t = d_ap - d_an + measure.margin
         losses = torch.where(there, _loss(t, measure), 0)
         slope = torch.where(there, _slope(t, measure), 0)
         weights = _add(_add(zero, p, slope), n, -slope)
         summed = [torch.where(there, of, 0).sum(1) for of in (d_ap, d_an)]
-        return _Rows(losses.sum(1), weights, taken.sum(1), (losses > 0).sum(1), *summed)
-    count_p, count_n = taken.sum(1), is_negative.sum(1)
+        return _Rows(losses.sum(1), weights, count_p, (losses > 0).sum(1), *summed)
+    count_n = is_negative.sum(1)
     sum_p, sum_n = torch.where(there, d_ap, 0).sum(1), torch.where(is_negative, d, 0).sum(1)
     triplets, sums = count_p * count_n, (sum_p * count_n, sum_n * count_p)
     t = d_ap + measure.margin
@@ -627,20 +744,32 @@ def _mined_rows(d: Tensor, taken: Tensor, is_negative: Tensor, negative: str, me
     return _Rows(losses, weights, triplets, below.sum(1), *sums)
 
 
+def _choices(ranking: _Ranking, is_positive: Tensor, is_negative: Tensor, positive: str, negative: str):
+    """The positives [b, K] of anchors that have both kinds, which of those there are, and the negative [b, K] of each;
+    None where all negatives are taken."""
+    if positive != "all":
+        column = torch.arange(is_positive.shape[1], device=is_positive.device)
+        is_positive = is_positive & (column == ranking.extreme(is_positive, positive == "hard")[:, None])
+    p, there = _columns(is_positive & is_negative.any(1, keepdim=True))
+    if negative == "all" or p.shape[1] == 0:
+        return p, there, None if negative == "all" else p
+    if negative == "hard":
+        return p, there, ranking.extreme(is_negative, False)[:, None].expand_as(p)
+    return p, there, ranking.semi_hard(is_negative, p)
+
+
 def _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure):
     """(anchors, their rows of distances, what they contribute) block by block."""
-    for rows in _blocks(sides.x.shape[0], sides.r.shape[0]):
-        d = _block_distances(sides, rows, measure.distance)
-        is_positive, is_negative = _kinds(labels, other_labels, offset, rows)
+    for rows, ranking, is_positive, is_negative in _ranked_blocks(
+        sides, labels, other_labels, offset, measure.distance
+    ):
         valid = is_positive.any(1) & is_negative.any(1)
-        taken = is_positive
-        if positive != "all":
-            column = torch.arange(d.shape[1], device=d.device)
-            taken = is_positive & (column == _extreme(d, is_positive, positive == "hard")[:, None])
-        taken, is_negative = taken & valid[:, None], is_negative & valid[:, None]
-        found = _mined_rows(d, taken, is_negative, negative, measure)
-        # A row that is not finite is never left out.
-        bad = ~sides.finite_x[rows] | (valid & ((is_positive | is_negative) & ~sides.finite_r).any(1))
+        every = (is_positive | is_negative) & valid[:, None]
+        p, there, n = _choices(ranking, is_positive, is_negative, positive, negative)
+        d = ranking.measured(measure.distance)
+        found = _mined_rows(d, p, there, n, is_negative & valid[:, None], measure)
+        # A row that is not finite is never left out, nor is a distance beyond the range.
+        bad = ~sides.finite_x[rows] | (every & (ranking.bad | ~d.isfinite())).any(1)
         losses = torch.where(bad, math.nan, found.losses)
         weights = torch.where(bad[:, None], math.nan, found.weights)
         yield rows, d, valid, found._replace(losses=losses, weights=weights)
@@ -651,34 +780,22 @@ def enumerate_triplets(
 ):
     """Every triplet of a strategy: anchor, positive, negative, int64 [T] each, in ascending order."""
     others, other_labels, offset = _alone(embeddings, labels, references, reference_labels, reference_offset)
-    device = embeddings.device
-    found = [torch.empty(3, 0, dtype=torch.int64, device=device)]
-    sides = _sides(embeddings, others, distance)
-    for rows in _blocks(embeddings.shape[0], others.shape[0]):
-        d = _block_distances(sides, rows, distance)
-        is_positive, is_negative = _kinds(labels, other_labels, offset, rows)
-        valid = is_positive.any(1) & is_negative.any(1)
-        bad = ~(sides.finite_r & sides.finite_x[rows, None])
-        if positive != "all" and valid.any():
-            first = _extreme(d, is_positive, positive == "hard")
-            first = torch.where((bad & is_positive).any(1), _first(bad & is_positive), first)
-            is_positive = is_positive & (torch.arange(d.shape[1], device=device) == first[:, None])
-        pairs = (is_positive & valid[:, None]).nonzero()
-        if not len(pairs):
-            continue
-        a, p = pairs.unbind(1)
-        if negative == "all":
-            count = is_negative.sum(1)[a]
-            n = torch.cat([is_negative[i].nonzero().squeeze(1) for i in a.tolist()])
-            a, p = a.repeat_interleave(count), p.repeat_interleave(count)
-        else:
-            if negative == "hard":
-                n = _extreme(d, is_negative, False)[a]
+    found = [torch.empty(3, 0, dtype=torch.int64, device=embeddings.device)]
+    with torch.no_grad():
+        sides = _sides(embeddings, others, distance)
+        for rows, ranking, is_positive, is_negative in _ranked_blocks(sides, labels, other_labels, offset, distance):
+            p, there, n = _choices(ranking, is_positive, is_negative, positive, negative)
+            a, k = there.nonzero().unbind(1)
+            p = p[a, k]
+            if n is not None:
+                n = n[a, k]
+            elif len(a):
+                n = torch.cat([is_negative[i].nonzero().squeeze(1) for i in a.tolist()])
+                count = is_negative.sum(1)[a]
+                a, p = a.repeat_interleave(count), p.repeat_interleave(count)
             else:
-                columns, there = _columns(is_positive & valid[:, None])
-                n = _semi_hard(d, is_negative, d.gather(1, columns))[there]
-            n = torch.where((bad & is_negative).any(1)[a], _first(bad & is_negative)[a], n)
-        found.append(torch.stack((a + rows.start, p, n)))
+                continue
+            found.append(torch.stack((a + rows.start, p, n)))
     return tuple(torch.cat(found, 1).unbind())
 
 

@@ -61,6 +61,8 @@ TRIPLET_INLINE T power(T x, T p) {
 // |x - y + eps|_p for the p that have no vector form of their own.
 template <typename T>
 static T p_norm(const T* x, const T* y, int64_t depth, T p, T eps) {
+  // Of one feature, no power and its root, which may not be what came in; nor in torch.
+  if (depth == 1 && p != 0) return T(__builtin_fabs(x[0] - y[0] + eps));
   T s = 0;
   for (int64_t k = 0; k < depth; ++k) {
     const T d = T(__builtin_fabs(x[k] - y[k] + eps));
@@ -129,7 +131,7 @@ static void forward(const TripletTask<T>& task, int64_t begin, int64_t end, T* l
       an = distance_of(a, n, task.depth, measure);
       if (measure.swap) pn = distance_of(p, n, task.depth, measure);
       const T negative = negative_distance_of(an, pn, measure.swap);
-      loss = triplet_loss_of(T(ap - negative + T(measure.margin)), measure);
+      loss = triplet_loss_of(triplet_excess_of(ap, negative, measure), measure);
       total[kSumTriplets] += 1;
       total[kSumActive] += loss > 0;
       total[kSumPositive] += ap;
@@ -207,7 +209,7 @@ static void backward(const TripletTask<T>& task, int64_t begin, int64_t end, con
   for (int64_t t = begin; t < end; ++t) {
     const T ap = task.distances[t], an = task.distances[count + t];
     const T pn = measure.swap ? task.distances[2 * count + t] : T(0);
-    const T excess = ap - negative_distance_of(an, pn, measure.swap) + T(measure.margin);
+    const T excess = triplet_excess_of(ap, negative_distance_of(an, pn, measure.swap), measure);
     const T slope = triplet_slope_of(excess, measure) * (weight[t * weight_step] * scale);
     const T share = swapped_share_of(an, pn, measure);
     const T to_an = share == 1 ? T(0) : -slope * (1 - share), to_pn = share == 0 ? T(0) : -slope * share;

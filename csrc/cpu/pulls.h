@@ -56,7 +56,7 @@ void for_each_link(const TripletTask<T>& task, W weight, F f) {
     }
     const T ap = task.distances[t], an = task.distances[task.count + t];
     const T pn = measure.swap ? task.distances[2 * task.count + t] : T(0);
-    const T excess = ap - negative_distance_of(an, pn, measure.swap) + T(measure.margin);
+    const T excess = triplet_excess_of(ap, negative_distance_of(an, pn, measure.swap), measure);
     const T slope = triplet_slope_of(excess, measure) * weight(t);
     if (slope == 0) continue;
     const bool swapped = swapped_share_of(an, pn, measure) != 0;

@@ -30,7 +30,7 @@ def sanitized(tmp_path_factory):
     build = tmp_path_factory.mktemp("sanitized")
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
     environment = {**os.environ, "CXX": "g++", "CFLAGS": flags, "LDFLAGS": "-fsanitize=address,undefined"}
-    environment["TRIPLET_EXT_BUILD"] = "cpu"
+    environment |= {"TRIPLET_EXT_BUILD": "cpu", "TRIPLET_EXT_DEBUG": "1"}  # reports name lines
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", build / "lib", "--build-temp", build / "tmp"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,7 +2,8 @@
 #
 #   make demo        train an embedding on real digit scans, print a table, draw pictures into demo-output/
 #   make demo-compare  the same network by every mining strategy and several margins: a table, a picture
-#   make test        build, and run every test
+#   make test        build, and run every test, on all cores
+#   make attack      the numeric tests with fresh seeds, on each instruction set, for MINUTES=3; prints what reproduces
 #   make simt        the CUDA kernels on the CPU, every rule of CUDA checked (part of make test)
 #   make simt-mutants  takes each barrier and wait out of them: is it missed?
 #   make bench       the benchmarks; writes benchmarks/results/ and the tables in README.md and docs/benchmarks.md
@@ -19,16 +20,19 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
 OUT ?= benchmarks/results
+MINUTES ?= 3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 LINT := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(SOURCES) $(wildcard tests/simt/*.cpp tests/simt/*.h)
 PACKAGE := setup.py pyproject.toml $(SOURCES) $(wildcard triplet_ext/*.py triplet_ext/*/*.py)
 
-.PHONY: demo demo-compare test simt simt-mutants bench bench-quick table cuda-check gpu-report lint format clean
+.PHONY: demo demo-compare test attack simt simt-mutants bench bench-quick table cuda-check gpu-report lint format clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -55,11 +59,17 @@ demo: $(VENV)/.package
 demo-compare: $(VENV)/.package
 	$(BIN)/python examples/compare.py
 
+# Else a process whose threads wait for each other keeps them spinning, and the processes beside it wait for a core.
+test attack simt: export OMP_WAIT_POLICY = PASSIVE
+
 test: $(VENV)/.package
-	$(BIN)/pytest
+	$(PYTEST)
+
+attack: $(VENV)/.package
+	$(BIN)/python tests/attack.py --minutes $(MINUTES) --jobs $(JOBS)
 
 simt: $(VENV)/.package
-	$(BIN)/pytest tests/simt
+	$(PYTEST) tests/simt
 
 simt-mutants: $(VENV)/.package
 	$(BIN)/python -m tests.simt.mutants

@@ -1,43 +1,90 @@
 """Where tests run (`device`), by which implementation (`backend`), and on which random numbers (`rng`)."""
 
 import os
-import secrets
+import pathlib
+import tempfile
 import warnings
 import zlib
 
+import hypothesis.internal.conjecture.providers as hypothesis_providers
+import instruction_sets
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from triplet_ext import _ops, reference
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
+# A run's random inputs follow from its seed alone: not from what failed before, and not from the constants that
+# hypothesis finds in whatever modules of the source tree are imported already.
+settings.register_profile("seed", database=None)
+settings.load_profile("seed")
+if hasattr(hypothesis_providers, "_get_local_constants"):
+    hypothesis_providers._get_local_constants = hypothesis_providers.Constants
+# What torch.compile made for one instruction set, it takes for another, too, and fails.
+_user = getattr(os, "getuid", os.getpid)()
+_cache = pathlib.Path(tempfile.gettempdir(), f"torchinductor-{_user}-{instruction_sets.in_use()}")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_cache)
+
 
 def pytest_addoption(parser):
-    parser.addoption("--seed", type=int, help="of all random inputs; default: $TRIPLET_EXT_TEST_SEED, or a new one")
+    group = parser.getgroup("triplet_ext")
+    group.addoption("--seed", type=int, help="of all random inputs; default: $TRIPLET_EXT_TEST_SEED, or 1")
+    group.addoption("--seeded", action="store_true", help="only tests whose inputs the seed decides")
+    group.addoption("--cpp", action="store_true", help="only tests that the C++ kernels may serve")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     seed = config.getoption("--seed")
     if seed is None:
-        seed = int(os.environ.get("TRIPLET_EXT_TEST_SEED") or secrets.randbelow(2**31))
+        seed = int(os.environ.get("TRIPLET_EXT_TEST_SEED") or 1)
     config.triplet_ext_seed = seed
     if getattr(config.option, "hypothesis_seed", 0) is None:  # read by its plugin, after this
         config.option.hypothesis_seed = str(seed)
 
 
 def pytest_report_header(config):
-    capability = torch.backends.cpu.get_cpu_capability()
     built = "compiled" if _ops.compiled else "not compiled"
-    return f"triplet_ext: {built}, torch {torch.__version__}, {capability}; --seed={config.triplet_ext_seed}"
+    here, names = instruction_sets.in_use(), instruction_sets.of_the_processor()
+    others = [name for name in names if name != here]
+    missing = [name for name in instruction_sets.NAMES if name not in names]
+    return [
+        f"triplet_ext: {built}, torch {torch.__version__}; --seed={config.triplet_ext_seed}",
+        f"instruction sets: {here}; by test_capabilities.py: {', '.join(others) or 'none'};"
+        f" not of this processor: {', '.join(missing) or 'none'}",
+    ]
+
+
+@pytest.hookimpl(trylast=True)  # hypothesis marks its tests in a hook of its own
+def pytest_collection_modifyitems(config, items):
+    def wanted(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if config.option.cpp and (params.get("backend") == "reference" or params.get("device") == "cuda"):
+            return False
+        return not config.option.seeded or "rng" in item.fixturenames or item.get_closest_marker("hypothesis")
+
+    left_out = [item for item in items if not wanted(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if wanted(item)]
+
+
+def seeds(item):
+    """Of a test's own, whatever else runs."""
+    return [item.config.triplet_ext_seed, zlib.crc32(item.nodeid.encode())]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    torch.manual_seed(int(np.random.SeedSequence(seeds(item)).generate_state(1)[0]))
 
 
 @pytest.fixture
 def rng(request):
-    """Random numbers of a test's own, whatever else runs."""
-    return np.random.default_rng([request.config.triplet_ext_seed, zlib.crc32(request.node.nodeid.encode())])
+    return np.random.default_rng(seeds(request.node))
 
 
 @pytest.fixture(params=DEVICES)

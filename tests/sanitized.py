@@ -1,7 +1,11 @@
 """Run by test_sanitizers.py against a library built with AddressSanitizer and UBSan: every operator, over sizes around
-the widths of vectors, tiles and panels, strided and degenerate input. Only that nothing is reported matters."""
+the widths of vectors, tiles and panels, strided and degenerate input. Only that nothing is reported matters.
+
+    python sanitized.py SEED
+"""
 
 import itertools
+import sys
 
 import torch
 
@@ -22,7 +26,7 @@ def rows(count, width, dtype, kind):
 
 
 def main():
-    torch.manual_seed(0)
+    torch.manual_seed(int(sys.argv[1]))
     assert triplet_ext.build_info()["cpu"]
     sizes = [(0, 3), (1, 1), (2, 0), (7, 5), (33, 16), (64, 17), (131, 33), (300, 7)]
     kinds = ("plain", "ties", "not finite")

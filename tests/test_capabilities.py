@@ -1,44 +1,63 @@
-"""The kernels of the other instruction sets that this machine has, through the same tests."""
+"""Every test that reaches csrc/cpu, again for each other instruction set that this processor has."""
 
+import functools
 import os
 import pathlib
 import subprocess
 import sys
 
+import instruction_sets
 import pytest
-import torch
 
 import triplet_ext
 from triplet_ext import _ops, build_info
 
 PACKAGE = pathlib.Path(triplet_ext.__file__).parent
 TESTS = pathlib.Path(__file__).parent
-ORDER = ("DEFAULT", "AVX2", "AVX512")
-FILES = ("test_explicit.py", "test_indexed.py", "test_mining.py", "test_properties.py")
-# Every kernel, at every size; the combinations of options are the same code for all.
-CHOICE = "native and (sizes or selection or kinds or kinks or exact)"
+# No kernel of csrc/cpu serves what these test, or they see to the instruction sets themselves.
+WITHOUT = {
+    "test_attack.py",
+    "test_capabilities.py",
+    "test_cuda.py",
+    "test_cuda_check.py",
+    "test_package.py",
+    "test_sanitizers.py",
+}
+FILES = sorted(path.name for path in TESTS.glob("test_*.py") if path.name not in WITHOUT)
+of_the_processor = functools.cache(instruction_sets.of_the_processor)
 
 
-@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
-def test_instruction_set(capability, request, tmp_path):
-    here = torch.backends.cpu.get_cpu_capability()
+@pytest.fixture(params=instruction_sets.NAMES)
+def instruction_set(request):
     if _ops.compiled is None:
         pytest.skip("nothing compiled")
-    if here not in ORDER or ORDER.index(capability) >= ORDER.index(here):
-        pytest.skip(f"this run is on {here} already")
-    # The package where it is here, not the source tree, which an interpreter started in it would import.
-    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower(), "PYTHONPATH": path}
-    code = "import triplet_ext; print(triplet_ext.build_info()['cpu_capability'])"
-    run = dict(env=environment, capture_output=True, text=True, timeout=600)
-    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, **run)
-    assert told.stdout.strip() == capability != build_info()["cpu_capability"], told.stderr
+    if request.param == instruction_sets.in_use():
+        pytest.skip(f"this run is on {request.param} already")
+    if request.param not in of_the_processor():
+        pytest.skip(f"this processor has no {request.param}: the kernels for it were not tested")
+    return request.param
 
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", CHOICE, "-p", "no:cacheprovider"]
-        + [f"--seed={request.config.triplet_ext_seed}", *(str(TESTS / file) for file in FILES)],
-        cwd=tmp_path,
-        **run,
+
+def python(instruction_set, folder, *arguments):
+    """A process of its own, with the package where it is here: not the source tree, which an interpreter started in
+    it would import."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    environment |= instruction_sets.environment(instruction_set)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
     )
+
+
+def test_the_environment_chooses(instruction_set, tmp_path):
+    code = "import triplet_ext; print(triplet_ext.build_info()['cpu_capability'])"
+    told = python(instruction_set, tmp_path, "-c", code)
+    assert told.stdout.strip() == instruction_set != build_info()["cpu_capability"], told.stderr
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_again(instruction_set, file, request, tmp_path):
+    arguments = ["-q", "--cpp", f"--seed={request.config.triplet_ext_seed}", "-p", "no:cacheprovider", "--maxfail=3"]
+    done = python(instruction_set, tmp_path, "-m", "pytest", *arguments, str(TESTS / file))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 import warnings
 
 import pytest
@@ -48,6 +50,7 @@ def test_build_info():
         "cuda",
         "cpu_capability",
         "cuda_architectures",
+        "cuda_left_out",
         "why_no_cpu",
         "why_no_cuda",
     }
@@ -92,6 +95,19 @@ def test_explain_other_devices(dtype):
     assert f"{str(dtype).removeprefix('torch.')} [3, 2] on meta" in text
     assert "pure PyTorch: used: no kernels for meta tensors" in text
     assert not re.search("kernels: used", text)
+
+
+def test_explain_names_the_gpus_that_the_kernels_are_for(monkeypatch):
+    info = {**build_info(), "cuda": True, "cuda_architectures": ["8.0", "9.0+PTX"], "cuda_left_out": ["7.5"]}
+    monkeypatch.setattr(_info, "build_info", lambda: info)
+    monkeypatch.setattr(_ops, "has_kernel", lambda name, device: True)
+    x = torch.empty(2, 2, device="meta")
+    monkeypatch.setattr(_info._checks, "explain", lambda *_: types.SimpleNamespace(**ON_A_GPU, dtype=x.dtype))
+    line = explain(x).split("\n")[1]
+    assert line == "  CUDA kernels: used, for 8.0 9.0+PTX, not for 7.5: they need compute capability 8.0"
+
+
+ON_A_GPU = {"device": torch.device("cuda", 0), "shape": (2, 2)}
 
 
 def test_what_explain_says_is_what_runs(monkeypatch, device):
@@ -161,6 +177,173 @@ def test_with_a_library_that_cannot_be_loaded(tmp_path):
     assert value == "0.5 [-1.0, 3.0, -2.0]"
     assert "triplet_ext._C is there but cannot be loaded" in warned and "fallback serves instead" in warned
     assert "cannot be loaded" in why and "pure PyTorch: used" in text[-1]
+
+
+# --- the build ------------------------------------------------------------------------------------------------
+
+# setup.py with a torch that seems to have been built for CUDA.
+SETUP = """
+import os, runpy, sys, torch
+from torch.utils import cpp_extension
+torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", os.environ["CUDA_HOME"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+# Writes down how it was called and makes an empty file, or fails if $FAILS says so; what else it is asked, the real
+# compiler answers.
+COMPILER = """#!/bin/sh
+tool=$(basename "$0")
+case " $* " in
+*" -c "* | *" -shared "*) ;;
+*) if [ $tool = nvcc ]; then echo "Cuda compilation tools, release 13.0, V13.0.1"; exit 0; fi; exec c++ "$@" ;;
+esac
+echo "$tool $*" >> "$CALLS"
+case " $FAILS " in *" $tool "*) echo "$tool: no" >&2; exit 1 ;; esac
+while [ $# -gt 0 ]; do
+  case "$1" in
+  -o) : > "$2" ;;
+  -MF | --dependency-output) echo "x:" > "$2" ;;
+  esac
+  shift
+done
+"""
+
+needs_a_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None or not sys.platform.startswith("linux"), reason="needs c++ and a shell"
+)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Runs setup.py with compilers that compile nothing; returns the run, the record (None if it failed), and how the
+    compilers were called."""
+    tools, calls = tmp_path / "cuda" / "bin", tmp_path / "calls"
+    tools.mkdir(parents=True)
+    for name in ("nvcc", "c++-that-fakes"):
+        (tools / name).write_text(COMPILER)
+        (tools / name).chmod(0o755)
+
+    def run(**environment):
+        calls.write_text("")
+        folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH_CUDA", "TRIPLET_EXT", "CFLAGS"))}
+        keep |= {"CXX": str(tools / "c++-that-fakes"), "CUDA_HOME": str(tools.parent), "CALLS": str(calls)}
+        done = subprocess.run(
+            [sys.executable, "-c", SETUP, "-q", "build", *folders],
+            cwd=ROOT,
+            env={**keep, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        path = tmp_path / "lib" / "triplet_ext" / "_build.json"
+        record = json.loads(path.read_text()) if done.returncode == 0 else None
+        return done, record, calls.read_text().splitlines()
+
+    return run
+
+
+def compiled(calls, suffix):
+    return [call for call in calls if re.search(rf"csrc/\S+\.{suffix}\b", call)]
+
+
+@needs_a_compiler
+def test_what_is_built(build):
+    """Machine code for the GPUs that are the default, and no information for debuggers."""
+    done, record, calls = build()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert record["cuda_architectures"] == ["8.0", "9.0+PTX"] and record["cuda_left_out"] == []
+    assert "why_no_cpu" not in record and record["why_no_cuda"] == ""
+    sources = {path.name for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cpp")}
+    assert {match for call in calls for match in re.findall(r"(\w+\.(?:cu|cpp)) -o", call)} == sources
+    for call in compiled(calls, "cu"):
+        assert set(re.findall(r"code=\w+_\d+", call)) == {"code=sm_80", "code=sm_90", "code=compute_90"}
+        assert not re.search(r"lineinfo| -g\b", call)
+    for call in compiled(calls, "cpp"):
+        assert re.findall(r" (-g\d?)(?= )", call)[-1] == "-g0"
+        assert '"8.0 9.0+PTX"' in call.replace("\\", "")
+
+
+@needs_a_compiler
+def test_what_debuggers_want_is_built_in_on_demand(build):
+    done, _, calls = build(TRIPLET_EXT_DEBUG="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(" -lineinfo" in call and " -g " in call for call in compiled(calls, "cu"))
+    assert all(re.findall(r" (-g\d?)(?= )", call)[-1] == "-g" for call in compiled(calls, "cpp"))
+    assert len(compiled(calls, "cu")) > 2 and len(compiled(calls, "cpp")) > 2
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("wanted", "built", "left_out"),
+    [
+        ("7.0 7.5 8.0 8.6+PTX", "8.0 8.6+PTX", "7.0 7.5"),
+        ("Volta;Turing;Ampere", "Ampere", "Volta Turing"),
+        ("7.5+PTX;9.0a;12.0+PTX", "9.0a 12.0+PTX", "7.5+PTX"),
+        ("Hopper;", "Hopper", ""),
+        ("native", "8.0 9.0+PTX", ""),  # of a machine without a GPU
+    ],
+)
+def test_gpus_too_old_are_left_out(build, wanted, built, left_out):
+    """As container images name them."""
+    done, record, calls = build(TORCH_CUDA_ARCH_LIST=wanted)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert record["cuda_architectures"] == built.split() and record["cuda_left_out"] == left_out.split()
+    said = f"{left_out} left out: the CUDA kernels need compute capability 8.0"
+    assert (said in done.stderr) == bool(left_out)
+    assert compiled(calls, "cu") and not any(re.search(r"code=\w+_[67]\d", call) for call in calls)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("mode", ["auto", "cuda"])
+def test_no_gpu_that_is_new_enough(build, mode):
+    done, record, calls = build(TORCH_CUDA_ARCH_LIST="7.0;Turing", TRIPLET_EXT_BUILD=mode)
+    why = "TORCH_CUDA_ARCH_LIST=7.0;Turing, as it was set when triplet_ext was installed, names only GPUs below compute"
+    if mode == "cuda":
+        assert done.returncode == 1 and done.stderr.startswith(f"TRIPLET_EXT_BUILD=cuda: {why}") and not calls
+    else:
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert record["why_no_cuda"].startswith(why) and "why_no_cpu" not in record
+        assert compiled(calls, "cpp") and not compiled(calls, "cu")
+        assert not any("TRIPLET_EXT_CUDA" in call for call in calls)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(("mode", "arch"), [("auto", "9.0"), ("cuda", "9.0"), ("auto", "9.9"), ("cuda", "9.9")])
+def test_the_cpp_kernels_are_built_where_cuda_fails(build, mode, arch):
+    """Because nvcc says no, or because torch does not know the GPU."""
+    done, record, calls = build(TRIPLET_EXT_BUILD=mode, TORCH_CUDA_ARCH_LIST=arch, FAILS="nvcc")
+    if mode == "cuda":
+        assert done.returncode != 0
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert record["why_no_cuda"].startswith("compiling failed when triplet_ext was installed: ")
+    assert arch != "9.9" or "9.9" in record["why_no_cuda"]
+    assert "why_no_cpu" not in record and "cuda_architectures" not in record
+    assert "The C++ kernels are built without the CUDA kernels." in done.stdout + done.stderr
+    (linked,) = (call for call in calls if " -shared " in call)
+    assert "dispatch.o" in linked and "launch.o" not in linked
+    last = [call for call in compiled(calls, "cpp") if "bindings.cpp" in call][-1]
+    assert "TRIPLET_EXT_CUDA" not in last
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("mode", ["auto", "cpu"])
+def test_pure_pytorch_is_installed_where_compiling_fails(build, mode):
+    done, record, calls = build(TRIPLET_EXT_BUILD=mode, FAILS="nvcc c++-that-fakes")
+    if mode == "cpu":
+        assert done.returncode != 0
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kind in ("cpu", "cuda"):
+        assert record["why_no_" + kind].startswith("compiling failed when triplet_ext was installed: ")
+    assert "The pure-PyTorch fallback is installed instead." in done.stdout + done.stderr
+    assert calls and not any(" -shared " in call for call in calls)
+
+
+def test_the_mode_is_checked(build):
+    done, *_ = build(TRIPLET_EXT_BUILD="gpu")
+    assert done.returncode == 1
+    assert "TRIPLET_EXT_BUILD must be one of auto, cuda, cpu, none, got 'gpu'" in done.stderr
 
 
 # --- the command ----------------------------------------------------------------------------------------------

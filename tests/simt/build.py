@@ -52,13 +52,18 @@ def link(mode: str, out: pathlib.Path, names: list[str], target: pathlib.Path) -
     return target
 
 
+def place(mode: str, out: pathlib.Path, main: str = "run.cpp") -> pathlib.Path:
+    """Of the program that build() makes."""
+    return out / f"{mode}-{pathlib.Path(main).stem}"
+
+
 def build(mode: str, out: pathlib.Path, main: str = "run.cpp", cuda: pathlib.Path | None = CUDA) -> pathlib.Path:
     """The program of `main` with every kernel of `cuda`, in one of the three modes."""
     kernels = sorted(path.name for path in cuda.glob("*.cu")) if cuda else []
     names = [*kernels, main, "simt.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(call, objects(mode, out, cuda or HERE, names)))
-    return link(mode, out, names, out / f"{mode}-{pathlib.Path(main).stem}")
+    return link(mode, out, names, place(mode, out, main))
 
 
 def command(program: pathlib.Path, mode: str) -> list[str]:

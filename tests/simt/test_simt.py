@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 import subprocess
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from shared import once
 
 from . import build, runner
 from .cases import CASES, SAME_RACES
@@ -18,29 +18,20 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no g++ was fou
 
 
 @pytest.fixture(scope="session", params=list(build.MODES))
-def outcomes(request, tmp_path_factory):
-    """A future for each case that is to run in this mode: a program has one thread, and there are more cores."""
-    mode, folder = request.param, tmp_path_factory.mktemp("simt")
-    seed = request.config.triplet_ext_seed
-    program = build.build(mode, folder)
-
-    def run(case):
-        where = folder / case
-        where.mkdir()
-        rng = np.random.default_rng([seed, zlib.crc32(case.encode())])
-        runner.check(mode, program, CASES[case], rng, where)
-
-    params = [item.callspec.params for item in request.session.items if item.name.startswith("test_kernels[")]
-    chosen = [p["case"] for p in params if p["outcomes"] == mode]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {case: pool.submit(run, case) for case in chosen if mode != "thread" or case not in SAME_RACES}
+def program(request, tmp_path_factory):
+    """(mode, program) with every kernel, compiled once for all of a run's processes."""
+    with once(tmp_path_factory, f"simt-{request.param}") as (folder, there):
+        built = build.place(request.param, folder) if there else build.build(request.param, folder)
+    return request.param, built
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kernels(outcomes, case):
-    if case not in outcomes:
+def test_kernels(program, case, request, tmp_path):
+    mode, path = program
+    if mode == "thread" and case in SAME_RACES:
         pytest.skip("differs from other cases in its numbers only")
-    outcomes[case].result()
+    rng = np.random.default_rng([request.config.triplet_ext_seed, zlib.crc32(case.encode())])
+    runner.check(mode, path, CASES[case], rng, tmp_path)
 
 
 @pytest.mark.parametrize("mode", build.MODES)

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from types import SimpleNamespace
 
 import attack as hunt
 import conftest
+import numpy as np
 import pytest
+import torch
 
 HERE = pathlib.Path(__file__).parent
 
@@ -214,3 +217,17 @@ def test_what_the_options_leave_out(seeded, cpp, left):
     conftest.pytest_collection_modifyitems(config, items)
     assert [item.name for item in items] == left
     assert told == [item for item in every if item not in items]
+
+
+def test_all_random_inputs_follow_from_the_seed(request, rng):
+    """The same by default; of numpy, of hypothesis and of torch; of each test its own."""
+    given = request.config.getoption("--seed"), os.environ.get("TRIPLET_EXT_TEST_SEED")
+    seed = next((int(value) for value in given if value not in (None, "")), 1)
+    assert request.config.triplet_ext_seed == seed
+    if given[0] is None:
+        assert request.config.option.hypothesis_seed == str(seed)
+    own = [seed, zlib.crc32(request.node.nodeid.encode())]
+    assert rng.random() == np.random.default_rng(own).random()
+    drawn = torch.rand(3)
+    torch.manual_seed(int(np.random.SeedSequence(own).generate_state(1)[0]))
+    assert torch.equal(drawn, torch.rand(3))

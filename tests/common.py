@@ -147,7 +147,7 @@ def assert_selects(x, y, distance, r=None, z=None, offset=None):
             chosen.tolist(),
             [best[i] for i in anchors],
             of,
-            y[got.anchor],
+            y.to(torch.int64)[got.anchor],  # torch on CUDA has no index for every integer dtype
             distance,
             x if r is None else r,
             y if z is None else z,

@@ -134,7 +134,7 @@ class Unordered(TorchDispatchMode):
                 return getattr(reference, name)(*args, **kwargs)
         name = name.removesuffix("_")
         unordered = name in UNORDERED
-        if name == "cumsum":
+        if name in ("cumsum", "scatter_add"):  # of integers, the order does not matter
             unordered = args[0].is_floating_point()
         elif name in ("index_put", "_index_put_impl", "_unsafe_index_put"):
             accumulate = args[3] if len(args) > 3 else kwargs.get("accumulate", False)

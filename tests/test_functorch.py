@@ -183,7 +183,9 @@ def test_statistics(rng, device, backend, samples):
     assert_same(list(criterion.stats), list(expected[0]))
 
 
-@pytest.mark.parametrize("transform", [hessian, jacfwd, lambda f: lambda x: jvp(f, (x,), (x,))], ids=("hessian", "jacfwd", "jvp"))
+@pytest.mark.parametrize(
+    "transform", [hessian, jacfwd, lambda f: lambda x: jvp(f, (x,), (x,))], ids=("hessian", "jacfwd", "jvp")
+)
 def test_forward_mode_is_refused(device, backend, samples, transform):
     y = torch.arange(12, device=device) // 3
     for mining in ("batch_hard", "batch_all"):

@@ -619,10 +619,11 @@ class _Ranking:
         several = high - low > 1
         edges = torch.zeros(len(rank), last + 2, dtype=torch.int64, device=rank.device)
         edges.scatter_add_(1, low, several.long()).scatter_add_(1, torch.where(several, high, low), -several.long())
-        among = torch.zeros_like(self.bad).scatter(1, order, edges.cumsum(1)[:, :-1] > 0)
+        inside = edges.cumsum(1)[:, :-1] > 0
+        among = torch.zeros_like(order).scatter_add(1, order, inside.long())
         a, k = several.nonzero().unbind(1)
-        among[a, p[a, k]] = True
-        return among & ~self.bad
+        among = among.index_put((a, p[a, k]), torch.ones_like(a), accumulate=True)
+        return (among > 0) & ~self.bad
 
 
 def _kinds(labels, reference_labels, offset, rows: slice) -> tuple[Tensor, Tensor]:

@@ -249,8 +249,11 @@ def test_blocks_are_of_fixed_size(rng, monkeypatch):
 
 def test_one_anchor_may_be_enough(rng, monkeypatch, device):
     """Where all triplets tie for the first place: the other anchors are later ones."""
-    seen, largest = [], _hardest._Batch.largest
+    seen, added, largest, add = [], [], _hardest._Batch.largest, _hardest._Best.add
     monkeypatch.setattr(_hardest._Batch, "largest", lambda b, a, *o: seen.extend(a.tolist()) or largest(b, a, *o))
+    monkeypatch.setattr(_hardest._Best, "add", lambda b, v, t: added.append(len(v)) or add(b, v, t))
+    listed, ranges = [], _hardest._ranges
+    monkeypatch.setattr(_hardest, "_ranges", lambda start, size: listed.append(int(size.sum())) or ranges(start, size))
     y = torch.arange(40, device=device) % 2
     x = rows(rng, 40, 3, device=device)
     x[5] = math.nan
@@ -258,6 +261,8 @@ def test_one_anchor_may_be_enough(rng, monkeypatch, device):
         seen.clear()
         check(batch, y, 1.0, 5)
         assert set(seen) == {0}
+    assert set(added) == {5}, "of as many as tie, no more than k"
+    assert max(listed) <= 20, "a positive's, out of 19 times as many"
 
 
 def test_what_bounds_cannot_tell_apart_is_measured_and_dropped(monkeypatch):

@@ -171,7 +171,7 @@ class _Batch:
         far = near[i, p] + (self._high - self._low)[p] + self._high[at[i]]
         top = far.new_full((len(at),), -math.inf).scatter_reduce(0, i, far, "amax")  # oneself is the nearest of these
 
-        near.add_(self._low[at, None]).clamp_min_(0).masked_fill_(same, math.inf)
+        near.add_(self._low[at, None]).masked_fill_(same, math.inf)
         bottom = near.amin(1)
         some = ~(far - bottom[i] + self._margin < least[i]) & (p != at[i])  # what is NaN may do
         i, p = i[some], p[some]

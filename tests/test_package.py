@@ -86,7 +86,7 @@ def test_explain(device):
         if not info[kind]:
             assert info["why_no_" + kind] in line
     if native and device == "cpu":
-        assert f"{info['cpu_capability']}, {torch.get_num_threads()} threads" in used[0]
+        assert f"{info['cpu_capability']}, {torch.get_num_threads()} thread" in used[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

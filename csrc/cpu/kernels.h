@@ -109,8 +109,8 @@ struct Pairing {
 template <typename T>
 struct Thresholds {
   const T* values = nullptr;  // then infinity, up to a power of two less 1
-  const T* of = nullptr;      // y of the positives, where the margin is in the values: t > 0 where y > value
-  T shift = 0;                // the margin in units of y: t is (y - of) + shift, of which rounding takes less
+  const T* of = nullptr;      // y of the positives, where the margin is so small that t is not y - value, but
+  T shift = 0;                // (y - of) + the margin, this; that is above 0 where y > value
   const T* sums =
       nullptr;  // [count + 1]: of the first so many less `middle`, lest digits cancel; only of all negatives
   T middle = 0;

@@ -113,6 +113,7 @@ struct Near {
 
 template <typename T>
 static Near near_groups(const T* point, const Thresholds<T>& own, const int32_t* start, int groups) {
+  if (groups == 1) return {0, 1};
   auto low = load(point), high = low;
   for (int u = 1; u < kUnroll; ++u) {
     low = smaller(low, load(point + u * kWidth<T>));
@@ -155,9 +156,16 @@ static double soft_loss(const SoftRoom<T>& room, int64_t count, const Thresholds
     V few{};
     // log(1 + exp(t)) = max(0, t) + log(1 + exp(-|t|)).
     for (int64_t k = from; k < from + kStep<T>; k += W) {
-      Lane<T> below[W];
-      count_below<false>(own, room.point + k, below);
-      few += excess_over<T>(own, room.point + k, below) * load(room.weight + k);
+      const V point = load(room.point + k);
+      V over{};
+      if (own.count <= kFewThresholds) {
+        for (Lane<T> p = 0; p < own.count; ++p) over += larger(point - own.values[p], V{});
+      } else {
+        Lane<T> below[W];
+        count_below<false>(own, room.point + k, below);
+        over = excess_over<T>(own, room.point + k, below);
+      }
+      few += over * load(room.weight + k);
     }
     add(total, few);
     const Near near = near_groups(room.point + from, own, room.start, groups);
@@ -291,17 +299,15 @@ TRIPLET_INLINE double within(const SoftRow<T>& row, T z) {
 constexpr int32_t kNoPlace = std::numeric_limits<int32_t>::min();
 
 // Chooses the points: Chebyshev's of an interval where many negatives are, or else the negatives themselves, side by
-// side. room.place says where each of them is: its point, or ~ the first of its interval.
+// side. room.place says where each of them is: its point, or ~ the first of its interval; nullptr: all where they were.
 template <typename T>
-static void choose_points(SoftRow<T>& row, const Thresholds<T>& own, const SoftRoom<T>& room) {
+static void choose_points(SoftRow<T>& row, const Thresholds<T>& own, SoftRoom<T>& room) {
   constexpr int N = kPoints<T>;
   int64_t points = 0;
   if (own.count <= kFewThresholds || !(row.highest >= row.first)) {
-    for (int64_t k = 0; k < row.count; ++k) {
-      room.point[k] = room.z[k];
-      room.weight[k] = room.z[k] > kNowhere<T>;
-      room.place[k] = int32_t(k);
-    }
+    room.point = room.z;
+    room.place = nullptr;
+    for (int64_t k = 0; k < row.count; ++k) room.weight[k] = 1;
     points = row.count;
   } else {
     const T range = row.highest - row.first;
@@ -378,7 +384,7 @@ static void interpolate(const SoftRow<T>& row, const SoftRoom<T>& room) {
     for (int j = 0; j < N; ++j) of[j] = factor[j] * (j ? 2.0 : 1.0) / N;
   }
   for (int64_t k = 0; k < row.count; ++k) {
-    const int32_t place = room.place[k];
+    const int32_t place = room.place ? room.place[k] : int32_t(k);
     if (place >= 0 || place == kNoPlace) {
       room.z[k] = place >= 0 ? T(room.sums[place]) : T(0);
       continue;

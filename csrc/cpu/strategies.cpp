@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kStripBytes = 8 << 20;  // of weights held at a time
 constexpr int64_t kMostPanels = 32;       // whose terms are added up in T
+constexpr double kTinyMargin = 0x1p-10;   // beside a distance: rounding their sum would take too much of it
 constexpr int64_t kCloseRoom = 4096;      // pairs of a panel of anchors, of those that a kernel finds
 constexpr int64_t kSoftColumns = 4096;    // negatives that an anchor's sums of the soft margin take at a time
 constexpr int64_t kListed = 1 << 19;      // triplets that are held at a time, of whole panels
@@ -129,6 +130,16 @@ struct Group {
 
   explicit Group(int64_t panel) : anchors(panel), thresholds(panel) {}
 };
+
+// The next number below one that is below 0.
+template <typename T>
+T next_below(T x) {
+  Lane<T> bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  ++bits;
+  std::memcpy(&x, &bits, sizeof(bits));
+  return x;
+}
 
 // One pair that a triplet is made of: y, and the packed reference.
 template <typename T>
@@ -643,12 +654,13 @@ class Mined {
     for (int64_t r = 0; r < panel() && !measure_.soft_margin; ++r) {
       auto& anchor = group.anchors[r];
       Thresholds<T>& own = group.thresholds[r];
-      anchor.of.assign(anchor.values.begin(), anchor.values.begin() + own.count);
-      for (int64_t t = 0; t < own.count; ++t) {
-        const T y = anchor.of[t], value = y - shift;
-        anchor.values[t] = (value - y) + shift > 0 ? std::nextafter(value, -std::numeric_limits<T>::infinity()) : value;
-      }
-      own.of = anchor.of.data();
+      const bool tiny = own.count && shift < -anchor.values[0] * T(kTinyMargin);
+      if (tiny) anchor.of.assign(anchor.values.begin(), anchor.values.begin() + own.count);
+      T* values = anchor.values.data();
+      for (int64_t t = 0; t < own.count; ++t) values[t] -= shift;
+      for (int64_t t = 0; tiny && t < own.count; ++t)
+        if ((values[t] - anchor.of[t]) + shift > 0) values[t] = next_below(values[t]);
+      own.of = tiny ? anchor.of.data() : nullptr;
       own.shift = shift;
     }
   }

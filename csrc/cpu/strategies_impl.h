@@ -214,16 +214,7 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
     for (int r = 0; r < kTileRows; ++r) {
       const Thresholds<T>& own = thresholds[i + r];
       V here[kTileVectors] = {};
-      if (own.count <= kFewThresholds) {
-        for (Lane<T> p = 0; p < own.count; ++p) {
-          const V threshold = broadcast(own.values[p]), of = broadcast(own.of[p]);
-#pragma GCC unroll 4
-          for (int c = 0; c < kTileVectors; ++c) {
-            here[c] += larger((tile[r][c] - of) + own.shift, V{});
-            active[r] -= tile[r][c] > threshold;
-          }
-        }
-      } else {
+      if (own.count > kFewThresholds) {
         for (int c = 0; c < kTileVectors; ++c) {
           if (!any(tile[r][c] > least[r])) continue;
           T y[W];
@@ -233,6 +224,17 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
           here[c] = excess_over<T>(own, y, below);
           active[r] += load_lanes<T>(below);
         }
+      } else {
+        for (Lane<T> p = 0; p < own.count; ++p) {
+          const V threshold = broadcast(own.values[p]);
+#pragma GCC unroll 4
+          for (int c = 0; c < kTileVectors; ++c) {
+            if (!own.of) here[c] += larger(tile[r][c] - threshold, V{});
+            active[r] -= tile[r][c] > threshold;
+          }
+        }
+        for (Lane<T> p = 0; own.of && p < own.count; ++p)
+          for (int c = 0; c < kTileVectors; ++c) here[c] += larger((tile[r][c] - own.of[p]) + own.shift, V{});
       }
       loss[r] += across<T>(here);
     }

@@ -727,7 +727,7 @@ def _mined_rows(
         losses, weights, active = torch.zeros_like(sum_p), zero, torch.zeros_like(triplets)
         for k in range(p.shape[1]):
             pairs = is_negative & there[:, k, None]
-            excess = t[:, k, None] - d
+            excess = (d_ap[:, k, None] - d) + measure.margin  # in this order a margin far below d is not lost
             each = torch.where(pairs, _loss(excess, measure), 0)
             slope = torch.where(pairs, _slope(excess, measure), 0)
             losses, active = losses + each.sum(1), active + (each > 0).sum(1)
@@ -745,6 +745,10 @@ def _mined_rows(
     return _Rows(losses, weights, triplets, below.sum(1), *sums)
 
 
+def _largest(embeddings: Tensor) -> float:
+    return torch.finfo(accumulation_dtype(embeddings.dtype)).max
+
+
 def _choices(ranking: _Ranking, is_positive: Tensor, is_negative: Tensor, positive: str, negative: str):
     """The positives [b, K] of anchors that have both kinds, which of those there are, and the negative [b, K] of each;
     None where all negatives are taken."""
@@ -759,8 +763,9 @@ def _choices(ranking: _Ranking, is_positive: Tensor, is_negative: Tensor, positi
     return p, there, ranking.semi_hard(is_negative, p)
 
 
-def _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure):
-    """(anchors, their rows of distances, what they contribute) block by block."""
+def _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure, largest):
+    """(anchors, their rows of distances, what they contribute) block by block. A distance beyond ``largest``, the range
+    of the type that the loss has, is infinite."""
     for rows, ranking, is_positive, is_negative in _ranked_blocks(
         sides, labels, other_labels, offset, measure.distance
     ):
@@ -770,7 +775,7 @@ def _mined_blocks(sides, labels, other_labels, offset, positive, negative, measu
         d = ranking.measured(measure.distance)
         found = _mined_rows(d, p, there, n, is_negative & valid[:, None], measure)
         # A row that is not finite is never left out, nor is a distance beyond the range.
-        bad = ~sides.finite_x[rows] | (every & (ranking.bad | ~d.isfinite())).any(1)
+        bad = ~sides.finite_x[rows] | (every & (ranking.bad | ~(d <= largest))).any(1)
         losses = torch.where(bad, math.nan, found.losses)
         weights = torch.where(bad[:, None], math.nan, found.weights)
         yield rows, d, valid, found._replace(losses=losses, weights=weights)
@@ -840,7 +845,9 @@ def mined_triplet_loss(
     losses = torch.zeros(count, dtype=wide, device=embeddings.device)
     sums = torch.zeros(5, dtype=wide, device=embeddings.device)
     if others.shape[0]:
-        for rows, _, valid, found in _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure):
+        for rows, _, valid, found in _mined_blocks(
+            sides, labels, other_labels, offset, positive, negative, measure, _largest(embeddings)
+        ):
             losses[rows] = found.losses
             parts = (valid, found.triplets, found.active, found.positive, found.negative)
             sums = sums + torch.stack([part.sum(dtype=wide) for part in parts])
@@ -898,7 +905,9 @@ def mined_triplet_loss_backward(
     total, pulled = torch.zeros_like(x), torch.zeros_like(r)  # the latter W^T x
     column = along_r = r.new_zeros(r.shape[0])  # sums of W, and of W d, over the anchors
     if others.shape[0]:
-        for rows, d, _, found in _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure):
+        for rows, d, _, found in _mined_blocks(
+            sides, labels, other_labels, offset, positive, negative, measure, _largest(embeddings)
+        ):
             w = found.weights * weight[rows, None]
             if distance == "euclidean":
                 w = torch.where(d == 0, w * 0, w / torch.where(d == 0, 1, d))

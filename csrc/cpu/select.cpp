@@ -6,7 +6,6 @@
 #include <ATen/ops/full.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -14,6 +13,7 @@
 
 #include "../ops.h"
 #include "batch.h"
+#include "interrupt.h"
 
 namespace triplet_ext {
 namespace {
@@ -62,13 +62,13 @@ Scan<T> scan(const Problem<T>& problem) {
   while (block > 1 && threads > 1 && blocks(a) * blocks(r) < 16 * threads) block /= 2;
 
   std::vector<Scan<T>> found(threads);
-  std::atomic<int64_t> ticket{0};
-  const int64_t columns = blocks(r), tasks = blocks(a) * columns;
+  const int64_t columns = blocks(r);
+  Tasks tasks(blocks(a) * columns);
   const Panels<T> pa = a.view(), pr = r.view();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       Scan<T>& mine = found[thread] = {Best<T>(a.panels * P), Best<T>(a.panels * P)};
-      for (int64_t task; (task = ticket++) < tasks;) {
+      for (int64_t task; tasks.take(task);) {
         const int64_t i = task / columns, j = task % columns;
         if (problem.symmetric && j < i) continue;
         const Block here{i * block, std::min(a.panels, (i + 1) * block), j * block,
@@ -160,10 +160,11 @@ void settle(const Problem<T>& problem, Doubts<T>& doubts, const Side<T>& among, 
   const Exact<T> exact = exact_of(problem, order.data());
   const int64_t P = kernels<T>().panel, count = int64_t(doubts.rows.size());
   const Panels<T> panels = among.view();
+  Watch watch;
   at::parallel_for(0, (count + P - 1) / P, 1, [&](int64_t begin, int64_t end) {
     const Buffer<T> rows(P * a.depth), bias(P);
     std::vector<double> squares(P);
-    for (int64_t g = begin; g < end; ++g) {
+    for (int64_t g = begin; g < end && watch.go_on(); ++g) {
       const int64_t n = std::min(P, count - g * P);
       a.pack_panel(&doubts.packed[g * P], n, problem.scale, problem.centre, rows.get(), bias.get(), squares.data());
       kernels<T>().settle(rows.get(), bias.get(), panels, among.panels, exact, &doubts.rows[g * P], int(n));

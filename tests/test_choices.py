@@ -19,7 +19,7 @@ from common import (
     rows,
 )
 
-from triplet_ext import Mining, mine
+from triplet_ext import Mining, mine, reference
 from triplet_ext.functional import mined_triplet_loss
 from triplet_ext.mining import NEGATIVE_RULES, POSITIVE_RULES
 
@@ -32,6 +32,10 @@ strategies = pytest.mark.parametrize("rules", CHOOSING, ids="x".join)
 
 
 def some_rows(rng, count, width, dtype, kind, device="cpu"):
+    if kind == "one apart":  # from which the product of the others would tell little
+        x = 1000 + rows(rng, count, width, torch.float64, "near ties", device)
+        x[0] = 0
+        return x.to(dtype)
     if kind != "parallel":
         return rows(rng, count, width, dtype, kind, device)
     # Few directions in many lengths, exact in every dtype: up to 45 in size. A row of zeros has no direction.
@@ -66,7 +70,7 @@ def assert_chooses(x, y, rules, distance, ours, theirs):
 
 
 @strategies
-@pytest.mark.parametrize("kind", [*KINDS, "parallel"])
+@pytest.mark.parametrize("kind", [*KINDS, "parallel", "one apart"])
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_every_strategy_chooses_as_float64_does(rng, device, backend, rules, distance, kind):
     if device == "cuda":
@@ -87,6 +91,19 @@ def test_neighbours_one_step_apart(rng, device, backend, rules, distance, dtype)
     for way, width in zip(WAYS, (3, 8, 17)):
         (x, y), ours, theirs = a_batch(rng, 60, 130, width, 12, dtype, "near ties", way, device)
         assert_chooses(x, y, rules, distance, ours, theirs)
+
+
+@pytest.mark.parametrize("rules", [("hard", "hard"), ("easy", "hard")], ids="x".join)
+@pytest.mark.parametrize("kind", [*KINDS, "parallel", "one apart"])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_choices_without_a_look_at_values(rng, monkeypatch, device, rules, distance, kind):
+    """As the reference makes them on devices that would have to be waited for."""
+    monkeypatch.setattr(reference, "_knows_values", lambda device: False)
+    for dtype in (torch.float32, torch.float64):
+        (x, y), _, _ = a_batch(rng, 40, 40, 9, 8, dtype, kind, "alone")
+        p, n = reference.select_pair(x.to(device), y.to(device), None, None, None, distance, *rules)
+        wanted = oracle.triplets_of(numpy(x), y.tolist(), *rules, distance)
+        assert [(i, p[i], n[i]) for i in range(40) if min(p[i], n[i]) >= 0] == wanted
 
 
 @pytest.mark.parametrize("rules", PAIRS, ids="x".join)

@@ -51,6 +51,11 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def _knows_values(device: torch.device) -> bool:
+    """Whether looking at a value takes no waiting."""
+    return device.type == "cpu"
+
+
 # --- a pair ---------------------------------------------------------------------------------------------------
 
 
@@ -434,7 +439,7 @@ def _sides(embeddings: Tensor, references: Tensor, distance: str) -> _Sides:
             return x, x, inverse, lack, finite, None
         if centre is None and len(x):
             # Differences stay, rounding does not; and small integers stay integers.
-            centre = x[finite.to(torch.uint8).argmax()].detach()
+            centre = x.index_select(0, finite.to(torch.uint8).argmax(0, keepdim=True)).detach()
         return x if centre is None else x - centre, source, None, None, finite, centre
 
     r, given_r, inverse_r, lack_r, finite_r, centre = side(references, None)
@@ -468,15 +473,19 @@ class _Ranking:
     What decides is `rank`, [b, R]: the sum of (x - y)^2 in float64, from the rows as they came and without a root; for
     the cosine distance, the distance. Ties go to the lowest index; ranks that differ by no more than `tie` are one.
     Most of it comes from a matrix product, whose error is known. Before a rule chooses, ranks that are so close that
-    the error might decide are replaced by exact ones. Rows that are not finite come before all others; from such a
-    positive, no negative is farther.
+    the error might decide are replaced by exact ones; or, if that is not to wait for the device, all are exact. Rows
+    that are not finite come before all others; from such a positive, no negative is farther.
     """
 
-    def __init__(self, sides: _Sides, rows: slice, distance: str):
+    def __init__(self, sides: _Sides, rows: slice, distance: str, waits: bool):
         self.sides, self.rows, self.graph = sides, rows, torch.is_grad_enabled()
         self.bad = ~(sides.finite_r & sides.finite_x[rows, None])
         x, r = sides.x[rows], sides.r
         self.tie = _COSINE_TIE if distance == "cosine" and x.dtype == torch.float64 else 0.0
+        self.waits = waits
+        if not waits:
+            self.rank = self._exact()
+            return
         square_x, square_r = x.square().sum(1, keepdim=True), r.square().sum(1)
         rank = square_x + square_r - 2 * (x @ r.T)
         with torch.no_grad():
@@ -518,7 +527,7 @@ class _Ranking:
         return True
 
     def _exact(self) -> Tensor:
-        (x, r), wide = self.sides.given, self.rank.dtype
+        (x, r), wide = self.sides.given, self.sides.x.dtype
         columns, parts = x[self.rows].to(wide).T, []
         for a in columns.split(max(1, _MINED_BYTES // (16 * 8 * len(r))), 1):
 
@@ -565,11 +574,10 @@ class _Ranking:
                 return good & (rank >= rank.masked_fill(~good, -1).amax(1, keepdim=True) - gap)
             return good & (rank <= rank.masked_fill(~good, math.inf).amin(1, keepdim=True) + gap)
 
-        near = within(self.gap)
-        several = near.sum(1, keepdim=True) > 1
-        if self.settle(near & several):
-            near = within(self.tie)
-        return self._instead(_first(near), among)
+        if self.waits:
+            near = within(self.gap)
+            self.settle(near & (near.sum(1, keepdim=True) > 1))
+        return self._instead(_first(within(self.tie)), among)
 
     @torch.no_grad()
     def semi_hard(self, among: Tensor, p: Tensor) -> Tensor:
@@ -651,20 +659,21 @@ def _alone(embeddings, labels, references, reference_labels, offset):
     return (embeddings, labels, 0) if references is None else (references, reference_labels, offset)
 
 
-def _ranked_blocks(sides: _Sides, labels, other_labels, offset, distance: str):
+def _ranked_blocks(sides: _Sides, labels, other_labels, offset, distance: str, waits: bool = True):
     """(anchors, their ranking, its positives, its negatives): anchors in turn, as many as _MINED_BYTES hold."""
     count, total = len(sides.x), len(sides.r)
     step = max(1, _MINED_BYTES // (8 * max(1, total)))
     for start in range(0, count if total else 0, step):
         rows = slice(start, min(start + step, count))
-        yield rows, _Ranking(sides, rows, distance), *_kinds(labels, other_labels, offset, rows)
+        yield rows, _Ranking(sides, rows, distance, waits), *_kinds(labels, other_labels, offset, rows)
 
 
 # --- selection ------------------------------------------------------------------------------------------------
 
 
 def select_hardest(embeddings, labels, references, reference_labels, reference_offset, distance):
-    """The farthest positive and the nearest negative of each anchor, int64 [B] each; -1 where there is none."""
+    """The farthest positive and the nearest negative of each anchor, int64 [B] each; -1 where there is none. Does not
+    wait for the device."""
     batch = (embeddings, labels, references, reference_labels, reference_offset)
     return select_pair(*batch, distance, "hard", "hard")
 
@@ -676,7 +685,8 @@ def select_pair(embeddings, labels, references, reference_labels, reference_offs
     others, other_labels, offset = _alone(embeddings, labels, references, reference_labels, reference_offset)
     chosen = torch.full((2, embeddings.shape[0]), -1, dtype=torch.int64, device=embeddings.device)
     sides = _sides(embeddings, others, distance)
-    for rows, ranking, is_positive, is_negative in _ranked_blocks(sides, labels, other_labels, offset, distance):
+    waits = negative == "semi_hard" or _knows_values(embeddings.device)
+    for rows, ranking, is_positive, is_negative in _ranked_blocks(sides, labels, other_labels, offset, distance, waits):
         p = ranking.extreme(is_positive, positive == "hard")
         if negative == "hard":
             n = ranking.extreme(is_negative, False)

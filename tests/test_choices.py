@@ -142,6 +142,24 @@ def test_the_loss_is_that_of_these_triplets(rng, device, backend, rules, kind, d
             assert_gradient(gradient, wanted, expected.steepness * expected.stats.triplets**0.5)
 
 
+@pytest.mark.parametrize("rules", PAIRS, ids="x".join)
+@pytest.mark.parametrize("close", ["positive and negative", "two positives", "two negatives", "two far negatives"])
+def test_one_close_pair(rng, device, backend, rules, close):
+    """A single anchor and few references, two of which are as close to it as can be, but for a last place, and so far
+    from the first that a product can't tell."""
+    for _ in range(60):
+        r = 1000 + torch.from_numpy(rng.standard_normal((6, 7)) * [[0], [0.1], [0.2], [0.4], [0.8], [1.6]])
+        r[0], z = 0, torch.tensor([5, 0, 0, 1, 1, 1])
+        a, b = {"positive and negative": (2, 3), "two positives": (1, 2), "two negatives": (3, 4)}.get(close, (4, 5))
+        r[b] = r[a]
+        r[b, int(rng.integers(7))] += 2.0**-30 * rng.integers(-1, 2)
+        x, y = torch.full((1, 7), 1000.0, dtype=torch.float64), torch.tensor([0])
+        order = torch.cat((torch.tensor([0]), 1 + torch.from_numpy(rng.permutation(5))))
+        ours = {"ref_embeddings": r[order].to(device), "ref_labels": z[order].to(device)}
+        theirs = {"references": numpy(r[order]), "reference_labels": z[order].tolist()}
+        assert_chooses(x.to(device), y.to(device), rules, "squared_euclidean", ours, theirs)
+
+
 @pytest.mark.parametrize("rules", CHOOSING, ids="x".join)
 def test_parallel_rows_of_other_lengths(device, backend, rules):
     """Rounding of a length is no reason to choose: of parallel rows the lowest index, by hand."""
@@ -203,6 +221,18 @@ def test_a_square_beyond_the_range(device, backend):
         for rules in PAIRS:
             wanted = oracle.triplets_of(numpy(x), labels, *rules, "squared_euclidean")
             assert listed(mine(x, y, Mining(*rules))) == wanted
+
+
+@pytest.mark.parametrize("rules", CHOOSING, ids="x".join)
+def test_a_row_whose_square_is_beyond_the_range(rng, device, backend, rules):
+    """Takes no precision from the others' choices."""
+    for way in WAYS:
+        (x, y), ours, theirs = a_batch(rng, 20, 30, 5, 6, torch.float64, "normal", way, device)
+        r = ours.get("ref_embeddings", x)
+        r[int(rng.integers(20)), 2] = 1e200
+        if ours:
+            theirs["references"] = numpy(r)
+        assert_chooses(x, y, rules, "squared_euclidean", ours, theirs)
 
 
 # --- equal rows -----------------------------------------------------------------------------------------------

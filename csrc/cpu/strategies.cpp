@@ -208,6 +208,7 @@ class Mined {
       });
     });
     select_not_finite(a_, r_, problem_.self, positive, negative);
+    if (!r_.all_finite()) choose_beside_not_finite(positive, negative);
     for (int64_t i = 0; i < a_.count; ++i)
       if (!has_triplets(i)) positive[a_.order[i]] = negative[a_.order[i]] = -1;
   }
@@ -600,6 +601,19 @@ class Mined {
         candidate.distance = exact_distance(exact_, a_.order[i], candidate.original);
     const Measured& chosen = extreme(candidates, farthest);
     taken.assign(1, {negative_ == NegativeRule::All ? measured(i, chosen.index) : chosen.y, chosen.index});
+  }
+
+  // The negative of anchors whose positive isn't finite: none is farther than that, hence semi-hard is the farthest.
+  void choose_beside_not_finite(const int64_t* positive, int64_t* negative) const {
+    const double infinite = std::numeric_limits<double>::infinity();
+    each_panel(0, a_.panels, [&](int64_t p, Group<T>&) {
+      for (int64_t i = p * panel(); i < (p + 1) * panel(); ++i) {
+        if (!takes_part(i)) continue;
+        const int64_t o = a_.order[i];
+        if (r_.finite[positive[o]] || !r_.finite[negative[o]]) continue;
+        negative[o] = Ranking(*this, i).nearest_beyond(negative_ == NegativeRule::Hard ? -infinite : infinite).original;
+      }
+    });
   }
 
   // Whether pairs are selected by their distance, not taken all; then distances have no root.

@@ -194,9 +194,9 @@ def test_second_gradients_by_threads(rng, device, backend, threads):
     triplets = Triplets(*row_numbers(rng, 20_000, 4, 4, 4, device=device))
     for loss in (
         lambda: functional.mined_triplet_loss(x, y),
-        lambda: functional.mined_triplet_loss(x, y, mining="semi_hard", soft_margin=True),
+        lambda: functional.mined_triplet_loss(x, y, mining="easy_positive"),
         lambda: functional.indexed_triplet_loss(x, triplets, reduction="none"),
-    ):
+    ):  # where all positives or all negatives are taken, the reference multiplies by torch.mm, which depends on threads
         assert_deterministic(lambda loss=loss: second_gradients(loss(), [x]), device)
 
 

@@ -755,8 +755,10 @@ def _mined_rows(
     return _Rows(losses, weights, triplets, below.sum(1), *sums)
 
 
-def _largest(embeddings: Tensor) -> float:
-    return torch.finfo(accumulation_dtype(embeddings.dtype)).max
+def _largest(embeddings: Tensor, distance: str) -> float:
+    """The largest distance whose square, where it is a root, is in the range of the type that the loss has."""
+    largest = torch.finfo(accumulation_dtype(embeddings.dtype)).max
+    return math.sqrt(largest) if distance == "euclidean" else largest
 
 
 def _choices(ranking: _Ranking, is_positive: Tensor, is_negative: Tensor, positive: str, negative: str):
@@ -774,8 +776,8 @@ def _choices(ranking: _Ranking, is_positive: Tensor, is_negative: Tensor, positi
 
 
 def _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure, largest):
-    """(anchors, their rows of distances, what they contribute) block by block. A distance beyond ``largest``, the range
-    of the type that the loss has, is infinite."""
+    """(anchors, their rows of distances, what they contribute) block by block. A distance beyond ``largest`` is
+    infinite."""
     for rows, ranking, is_positive, is_negative in _ranked_blocks(
         sides, labels, other_labels, offset, measure.distance
     ):
@@ -856,7 +858,7 @@ def mined_triplet_loss(
     sums = torch.zeros(5, dtype=wide, device=embeddings.device)
     if others.shape[0]:
         for rows, _, valid, found in _mined_blocks(
-            sides, labels, other_labels, offset, positive, negative, measure, _largest(embeddings)
+            sides, labels, other_labels, offset, positive, negative, measure, _largest(embeddings, distance)
         ):
             losses[rows] = found.losses
             parts = (valid, found.triplets, found.active, found.positive, found.negative)
@@ -916,7 +918,7 @@ def mined_triplet_loss_backward(
     column = along_r = r.new_zeros(r.shape[0])  # sums of W, and of W d, over the anchors
     if others.shape[0]:
         for rows, d, _, found in _mined_blocks(
-            sides, labels, other_labels, offset, positive, negative, measure, _largest(embeddings)
+            sides, labels, other_labels, offset, positive, negative, measure, _largest(embeddings, distance)
         ):
             w = found.weights * weight[rows, None]
             if distance == "euclidean":

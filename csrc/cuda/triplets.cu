@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(TripletForwardPara
     if (lane != 0) continue;
     if (there || !params.mined) {
       const T negative = negative_distance_of(d.an, d.pn, measure.swap);
-      loss = triplet_loss_of(triplet_excess_of(d.ap, negative, measure), measure);
+      loss = triplet_loss_of(T(d.ap - negative + T(measure.margin)), measure);
       sums[kSumTriplets] += 1;
       sums[kSumActive] += loss > 0;
       sums[kSumPositive] += d.ap;
@@ -246,7 +246,7 @@ __device__ __forceinline__ Pulls<T> pulls_of(const TripletBackwardParams& params
                        measure.swap ? distances[2 * params.count + t] : T(0)};
   T weight = static_cast<const T*>(params.grad)[t * params.grad_stride];
   weight *= T(1 / divisor_of(params.stats, params.reduction));
-  const T excess = triplet_excess_of(d.ap, negative_distance_of(d.an, d.pn, measure.swap), measure);
+  const T excess = d.ap - negative_distance_of(d.an, d.pn, measure.swap) + T(measure.margin);
   const T slope = triplet_slope_of(excess, measure) * weight, share = swapped_share_of(d.an, d.pn, measure);
   Pulls<T> pulls{slope, share == 1 ? T(0) : -slope * (1 - share), share == 0 ? T(0) : -slope * share, d, false, false,
                  false};

@@ -34,6 +34,7 @@ import instruction_sets
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "attack"
 SLOW, SLOW_SEEDS = ("tests/simt/test_simt.py", "tests/test_sanitizers.py"), 3
+PATIENCE = 10  # seconds
 OUTCOME = re.compile(r"(\S.*::.*?) (PASSED|SKIPPED|XFAIL|FAILED|ERROR|XPASS)(?: \(.*\))?$")
 
 
@@ -119,8 +120,15 @@ class Attack:
         return self.started
 
     def end_processes(self):
+        """Asks first: pytest prints what has failed so far when it is interrupted."""
         with self.lock:
             running = list(self.running)
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        patience = time.monotonic() + PATIENCE
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, patience - time.monotonic()))
         for process in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the processes that tests have started, too

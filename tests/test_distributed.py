@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from triplet_ext import Mining, TripletLoss, functional, mine
+from triplet_ext import MemoryBank, Mining, TripletLoss, functional, mine
 
 WORLD_SIZES = (1, 2, 3, 4)
 STRATEGIES = [Mining(p, n) for p in ("hard", "easy", "all") for n in ("hard", "semi_hard", "all")]
@@ -244,6 +244,7 @@ def disagreements(rank, size):
         "embeddings.dtype": lambda: loss(x.double() if last else x),
         "embeddings.shape[1]": lambda: loss(x[:, :2] if last else x),
         "torch.is_grad_enabled()": without_gradient,
+        "memory.embeddings.shape[0]": lambda: TripletLoss(**group)(x, y, memory=MemoryBank(9 if last else 8, 3)),
     }
     others = "rank 0" if size == 2 else f"ranks {', '.join(str(i) for i in range(size - 1))}"
     for name, call in different.items():
@@ -418,7 +419,39 @@ def bad_groups(rank, size):
         torch.func.grad(lambda x: loss(x, torch.tensor([0, 0, 1, 1])))(x)
 
 
+def a_memory_bank(rank, size):
+    """All ranks keep the same bank, and mine from the batch of all and from it."""
+    for strategy in (Mining("hard", "hard"), Mining("easy", "semi_hard"), Mining("all", "all")):
+        bank, one = (MemoryBank(19, 5, dtype=torch.float64) for _ in range(2))
+        loss = TripletLoss(mining=strategy, process_group=dist.group.WORLD)
+        for kind in ("equal", "unequal", "empty", "unequal"):
+            counts = counts_of(size, kind)
+            x, y = batch_of(counts)
+            ids = torch.randint(0, 30, (len(x),)) * 10 + y
+            whole = x.clone().requires_grad_()
+            expected = TripletLoss(mining=strategy)(whole, y, memory=one, ids=ids)
+            (gradient,) = torch.autograd.grad(expected, whole)
+            mine = own(x, counts, rank).clone().requires_grad_()
+            value = loss(mine, own(y, counts, rank), memory=bank, ids=own(ids, counts, rank))
+            (found,) = torch.autograd.grad(value, mine)
+            assert_close(value, expected, 1e-12)
+            assert_close(found / size, own(gradient, counts, rank), 1e-11, gradient)
+            one.enqueue(x, y, ids)
+            parts = [own(part, counts, rank) for part in (x, y, ids)]
+            bank.enqueue(*parts, process_group=dist.group.WORLD)
+            for buffer, wanted in zip(bank.buffers(), one.buffers()):
+                assert torch.equal(buffer, wanted)
+    before = copy.deepcopy(bank.state_dict())
+    last = rank == size - 1
+    with pytest.raises(
+        ValueError if last else RuntimeError, match="labels must have" if last else "was refused|refused"
+    ):
+        bank.enqueue(mine, own(y, counts, rank)[:-1] if last else own(y, counts, rank), process_group=dist.group.WORLD)
+    assert all(torch.equal(before[key], value) for key, value in bank.state_dict().items())
+
+
 FUNCTIONS = [
+    a_memory_bank,
     every_option,
     nothing_to_mine,
     a_row_that_is_not_finite,

@@ -69,6 +69,10 @@ def drop_in(anchor=X, positive=X, negative=X, **options):
     return TripletMarginLoss(**options)(anchor, positive, negative)
 
 
+def BANK(dim, **options):
+    return triplet_ext.MemoryBank(5, dim, **options)
+
+
 SPARSE = "must be a dense tensor, got torch.sparse_coo; to_dense() makes one"
 NESTED = "must be a dense tensor, got a nested one; to_padded_tensor() makes one"
 
@@ -328,6 +332,51 @@ FORMS = [
 ]
 
 
+MEMORY = [
+    ({"memory": X}, TypeError, "memory must be a triplet_ext.MemoryBank or None, got torch.Tensor"),
+    ({"memory": BANK(4)}, ValueError, "memory must have rows as wide as embeddings, 3, got 4"),
+    (
+        {"memory": BANK(3).double()},
+        TypeError,
+        "memory must have the dtype of embeddings, torch.float32, got torch.float64",
+    ),
+    (
+        {"memory": BANK(3).to("meta")},
+        ValueError,
+        "memory must be on the device of embeddings, cpu, got meta",
+    ),
+    ({"ids": Y}, ValueError, "ids must come with memory, got no memory"),
+    (
+        {"memory": BANK(3), "ids": Y[:5]},
+        ValueError,
+        "ids must have shape [B] = [6], one for each row of embeddings, got [5]",
+    ),
+    ({"memory": BANK(3), "ids": X[:, 0]}, TypeError, "ids must be integers, got torch.float32"),
+    ({"memory": BANK(3), "ids": [1]}, TypeError, "ids must be a torch.Tensor, got list"),
+    (
+        {"memory": BANK(3), "ref_embeddings": R, "ref_labels": Z},
+        ValueError,
+        "ref_embeddings must be None with a memory, got torch.Tensor",
+    ),
+    ({"memory": BANK(3), "ref_offset": 2}, ValueError, "ref_offset must be None with a memory, got int"),
+]
+ENQUEUE = [
+    (
+        {"embeddings": torch.zeros(6, 4)},
+        ValueError,
+        "embeddings must have shape [B, 3], as wide as the memory, got [6, 4]",
+    ),
+    (
+        {"embeddings": X.to("meta"), "labels": Y.to("meta")},
+        ValueError,
+        "embeddings must be on the device of the memory, cpu, got meta",
+    ),
+    ({"labels": Y[1:]}, ValueError, "labels must have shape [B] = [6], one for each row of embeddings, got [5]"),
+    ({"ids": Y[1:]}, ValueError, "ids must have shape [B] = [6], one for each row of embeddings, got [5]"),
+    ({"ids": X}, TypeError, "ids must be integers, got torch.float32"),
+]
+
+
 def cases():
     """Every way to be told each of them."""
     for kwargs, *error in OPTIONS:
@@ -348,6 +397,13 @@ def cases():
     for kwargs, *error in BATCH + REFERENCES:
         for call in (mined, lambda x=X, y=Y, **more: loss(x, y, **more), lambda x=X, y=Y, **more: mine(x, y, **more)):
             yield lambda call=call, kwargs=kwargs: call(**kwargs), *error
+    for kwargs, *error in MEMORY:
+        for call in (mined, lambda **more: loss(X, Y, **more), lambda **more: mine(X, Y, **more)):
+            yield lambda call=call, kwargs=kwargs: call(**kwargs), *error
+    for kwargs, *error in ENQUEUE:
+        yield lambda kwargs=kwargs: BANK(3).enqueue(**{"embeddings": X, "labels": Y, **kwargs}), *error
+    yield lambda: BANK(3, dtype=torch.int64), TypeError, f"dtype must be {NUMBERS}, got torch.int64"
+    yield lambda: BANK(3, dtype="float32"), TypeError, f"dtype must be {NUMBERS}, got str"
     for kwargs, *error in INDEXED:
         yield lambda kwargs=kwargs: indexed(**kwargs), *error
     yield from FORMS

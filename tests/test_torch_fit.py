@@ -188,6 +188,17 @@ def samples(device):
         yield _ops.mined_triplet_loss, (*batch, *rules, *measure)
         loss, saved, stats = _ops.mined_triplet_loss(*batch, *rules, *measure)
         yield _ops.mined_triplet_loss_backward, (loss, *batch, saved, stats, *rules, *measure)
+    memory, labels = torch.randn(20, 5, device=device), torch.arange(20, device=device) % 4
+    bank = (memory, labels, torch.tensor(13, device=device))
+    for batch, ids, rules, measure in (
+        ((x, y, None, None), (None, None), ("all", "all"), (0.5, "euclidean", False, True, "none")),
+        ((x, y, r, z), (y, labels), ("all", "semi_hard"), (0.5, "cosine", True, False, "mean")),
+    ):
+        inputs = (*batch, *bank, *ids, None)
+        yield _ops.select_with_memory, (*inputs, "cosine", "easy", "semi_hard")
+        yield _ops.mined_triplet_loss_with_memory, (*inputs, *rules, *measure)
+        loss, saved, stats = _ops.mined_triplet_loss_with_memory(*inputs, *rules, *measure)
+        yield _ops.mined_triplet_loss_with_memory_backward, (loss, *inputs, saved, stats, *rules, *measure)
 
 
 def test_opcheck(device, backend):

@@ -6,9 +6,11 @@ from . import functional
 from ._info import build_info, explain
 from .functional import TripletStats
 from .losses import TripletLoss, TripletMarginLoss
+from .memory import MemoryBank
 from .mining import Mining, Triplets, hard_triplet_mining, mine
 
 __all__ = [
+    "MemoryBank",
     "Mining",
     "TripletLoss",
     "TripletMarginLoss",

@@ -139,3 +139,29 @@ class MinedTripletLoss(torch.autograd.Function):
             if batch[2] is None:
                 other = None
         return own, None, other, None, *(None,) * len(ctx.options)
+
+
+class MinedTripletLossWithMemory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, embeddings, labels, references, reference_labels, *rest):
+        """The rest: the memory, which has no gradient; the offset of the references; options."""
+        memory, options = rest[:5], rest[5:]
+        batch = (embeddings, labels, references, reference_labels, *memory)
+        loss, saved, stats = _ops.mined_triplet_loss_with_memory(*batch, *options)
+        ctx.save_for_backward(*batch, saved, stats)
+        ctx.options = options
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        own = other = None
+        if grad is not None:
+            *batch, saved, stats = ctx.saved_tensors
+            offset, *options = ctx.options
+            backward = _backward("mined_triplet_loss_with_memory_backward")
+            own, other = backward(grad, *batch, offset, saved, stats, *options)
+            if batch[2] is None:
+                other = None
+        return own, None, other, None, *(None,) * (5 + len(ctx.options))

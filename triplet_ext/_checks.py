@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .reference import DISTANCES, REDUCTIONS
+from .reference import DISTANCES, NO_ID, REDUCTIONS
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FLOATING_NAMES = "float32, float64, float16 or bfloat16"
@@ -83,6 +83,12 @@ def count(name: str, value: object) -> int:
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
     return number
+
+
+def floating_dtype(name: str, value: object) -> None:
+    if value not in FLOATING:
+        got = value if isinstance(value, torch.dtype) else _kind(value)
+        raise TypeError(f"{name} must be {_FLOATING_NAMES}, got {got}")
 
 
 def options(
@@ -219,6 +225,52 @@ def batch(
                 f" got {ref_offset}"
             )
     return x, y, references, z, ref_offset
+
+
+def rows_for_memory(bank: Tensor, embeddings: object, labels: object, ids: object) -> tuple[Tensor, Tensor, Tensor]:
+    """What a MemoryBank enqueues: rows in its dtype, labels and ids as int64."""
+    x, y = batch(embeddings, labels, None, None, None)[:2]
+    if x.shape[1] != bank.shape[1]:
+        raise ValueError(f"embeddings must have shape [B, {bank.shape[1]}], as wide as the memory, got {_shape(x)}")
+    _same("embeddings", x, "the memory", bank, dtype=False)
+    if ids is None:
+        return x.detach().to(bank.dtype), y, torch.full_like(y, NO_ID)
+    numbers = _integers("ids", ids, x.shape[0], "B", "embeddings")
+    _same("ids", numbers, "embeddings", x, dtype=False)
+    return x.detach().to(bank.dtype), y, numbers
+
+
+def mined(
+    embeddings: object,
+    labels: object,
+    references: tuple,
+    memory: object,
+    ids: object,
+    process_group: object,
+) -> tuple[tuple, Optional[tuple]]:
+    """What batch() gives, and the operators' arguments for a memory: rows, labels, count, own ids, ids."""
+    for name, value in zip(("ref_embeddings", "ref_labels", "ref_offset"), references):
+        if value is not None and (process_group is not None or memory is not None):
+            other = "process_group" if process_group is not None else "memory"
+            raise ValueError(f"{name} must be None with a {other}, got {_kind(value)}")
+    x, y, *others = batch(embeddings, labels, *references)
+    if memory is None:
+        if ids is not None:
+            raise ValueError("ids must come with memory, got no memory")
+        return (x, y, *others), None
+    from .memory import MemoryBank
+
+    if not isinstance(memory, MemoryBank):
+        raise TypeError(f"memory must be a triplet_ext.MemoryBank or None, got {_kind(memory)}")
+    x, rows = _promote([x, memory.embeddings])
+    if rows.shape[1] != x.shape[1]:
+        raise ValueError(f"memory must have rows as wide as embeddings, {x.shape[1]}, got {rows.shape[1]}")
+    _same("memory", rows, "embeddings", x)
+    own = row_ids = None
+    if ids is not None:
+        own, row_ids = _integers("ids", ids, x.shape[0], "B", "embeddings"), memory.ids
+        _same("ids", own, "embeddings", x, dtype=False)
+    return (x, y, *others), (rows, memory.labels, memory.count, own, row_ids)
 
 
 def batch_or_arrays(embeddings: object, labels: object) -> tuple[Tensor, Tensor]:

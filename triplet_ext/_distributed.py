@@ -89,12 +89,18 @@ _AGREE: dict[str, Any] = {
     "swap": (False, True),
     "soft_margin": (False, True),
     "reduction": reference.REDUCTIONS,
+    "memory.embeddings.shape[0]": int,  # 0 where there is no memory
 }
 
 
-def _header(batch: tuple, rules: Mining, options: tuple) -> list[int]:
-    embeddings = batch[0]
-    facts = (embeddings.dtype, embeddings.shape[1], torch.is_grad_enabled(), rules.positive, rules.negative, *options)
+_NO_OPTIONS = (0.0, reference.DISTANCES[0], False, False, reference.REDUCTIONS[0])
+
+
+def _header(embeddings: Tensor, rules: Mining, options: tuple, memory: int) -> list[int]:
+    facts = (
+        *(embeddings.dtype, embeddings.shape[1], torch.is_grad_enabled()),
+        *(rules.positive, rules.negative, *options, memory),
+    )
     numbers = []
     for fact, meaning in zip(facts, _AGREE.values()):
         if isinstance(meaning, tuple):
@@ -130,17 +136,12 @@ def _exchange(header: list[int], device: torch.device, group: Group) -> list[lis
     return found.tolist()
 
 
-def checked(group: Group, check: Callable[[], tuple], embeddings: object) -> tuple:
+def checked(group: Group, check: Callable[[], Any], embeddings: object) -> Any:
     """check(), and if that refuses this rank's arguments the other ranks fail at once instead of waiting for it."""
     if _checks.transforming():
         raise RuntimeError("a loss with a process_group can't be inside a transform of torch.func: use torch.autograd")
     try:
-        batch, rules, options = check()
-        if batch[2] is not None:
-            raise ValueError(
-                "ref_embeddings must be None with a process_group, whose rows are the references, got a tensor"
-            )
-        return batch, rules, options
+        return check()
     except Exception:
         if not group.equal_batches:
             device = embeddings.device if isinstance(embeddings, Tensor) else torch.get_default_device()
@@ -152,9 +153,9 @@ def checked(group: Group, check: Callable[[], tuple], embeddings: object) -> tup
     reason="triplet_ext exchanges the ranks' numbers of rows outside of a graph; equal_batches=True promises that they"
     " are equal, and nothing is exchanged"
 )
-def _counts(batch: tuple, rules: Mining, options: tuple, group: Group) -> tuple[int, ...]:
+def _counts(embeddings: Tensor, rules: Mining, options: tuple, memory: int, group: Group) -> tuple[int, ...]:
     """The ranks' numbers of rows."""
-    headers = _exchange(_header(batch, rules, options), batch[0].device, group)
+    headers = _exchange(_header(embeddings, rules, options, memory), embeddings.device, group)
     _compare(headers)
     return tuple(header[1] for header in headers)
 
@@ -222,14 +223,24 @@ class _OwnSum(torch.autograd.Function):
         return _gather_ragged([grad], ctx.counts, ctx.group)[0], None, None
 
 
-def gather(batch: tuple, rules: Mining, options: tuple, group: Group) -> Any:
+def gather(batch: tuple, rules: Mining, options: tuple, memory: Optional[tuple], group: Group) -> Any:
     """This rank's rows as anchors and those of all ranks as references."""
-    counts = None if group.equal_batches else _counts(batch, rules, options, group)
     embeddings, labels = batch[:2]
+    counts = None
+    if not group.equal_batches:
+        counts = _counts(embeddings, rules, options, 0 if memory is None else memory[0].shape[0], group)
     always = _ALWAYS if torch.is_grad_enabled() and not embeddings.requires_grad else None
     rows, names = _Gathered.apply(embeddings, labels, counts, group, always)
     first = group.rank * embeddings.shape[0] if counts is None else sum(counts[: group.rank])
     return embeddings, labels, rows, names, first
+
+
+def gather_rows(tensors: tuple[Tensor, ...], group: Group) -> list[Tensor]:
+    """Rows of all ranks, and what belongs to them, without a gradient."""
+    rows, counts = tensors[0], None
+    if not group.equal_batches:
+        counts = _counts(rows, Mining(), _NO_OPTIONS, 0, group)
+    return _gather_ragged(list(tensors), counts, group)
 
 
 # --- the loss -------------------------------------------------------------------------------------------------

@@ -25,7 +25,11 @@ from . import reference
 _MEASURE = "float margin, str distance, {}bool swap, bool soft_margin, str reduction"
 _EXPLICIT = _MEASURE.format("float p, float eps, ")
 _INDEXED = _MEASURE.format("")
-_BATCH = "Tensor embeddings, Tensor labels, Tensor? references, Tensor? reference_labels, SymInt? reference_offset"
+_SIDES = "Tensor embeddings, Tensor labels, Tensor? references, Tensor? reference_labels"
+_BATCH = f"{_SIDES}, SymInt? reference_offset"
+# Further references, without a gradient: the first memory_count rows, those left out of which an anchor has the id.
+_MEMORY = "Tensor memory, Tensor memory_labels, Tensor memory_count, Tensor? ids, Tensor? memory_ids"
+_BATCH_AND_MEMORY = f"{_SIDES}, {_MEMORY}, SymInt? reference_offset"
 _RULES = "str positive, str negative"  # see triplet_ext.Mining
 _INDICES = "Tensor embeddings, Tensor? references, Tensor? anchor, Tensor positive, Tensor negative"
 
@@ -42,6 +46,11 @@ SCHEMAS = {
     "mined_triplet_loss": f"({_BATCH}, {_RULES}, {_INDEXED}) -> (Tensor loss, Tensor saved, Tensor stats)",
     "mined_triplet_loss_backward": f"(Tensor grad, {_BATCH}, Tensor saved, Tensor stats, {_RULES}, {_INDEXED})"
     " -> (Tensor grad_embeddings, Tensor grad_references)",
+    "select_with_memory": f"({_BATCH_AND_MEMORY}, str distance, {_RULES}) -> (Tensor positive, Tensor negative)",
+    "mined_triplet_loss_with_memory": f"({_BATCH_AND_MEMORY}, {_RULES}, {_INDEXED})"
+    " -> (Tensor loss, Tensor saved, Tensor stats)",
+    "mined_triplet_loss_with_memory_backward": f"(Tensor grad, {_BATCH_AND_MEMORY}, Tensor saved, Tensor stats,"
+    f" {_RULES}, {_INDEXED}) -> (Tensor grad_embeddings, Tensor grad_references)",
 }
 
 _library = torch.library.Library("triplet_ext", "DEF")
@@ -88,6 +97,7 @@ def _(embeddings, labels, references, reference_labels, reference_offset, distan
 
 
 @torch.library.register_fake("triplet_ext::select_pair", lib=_library)
+@torch.library.register_fake("triplet_ext::select_with_memory", lib=_library)
 def _(embeddings, *rest):
     index = embeddings.new_empty(embeddings.shape[0], dtype=torch.int64)
     return index, torch.empty_like(index)
@@ -96,9 +106,18 @@ def _(embeddings, *rest):
 @torch.library.register_fake("triplet_ext::mined_triplet_loss", lib=_library)
 def _(embeddings, labels, references, *rest):
     loss, _, stats = _fake_forward(embeddings, embeddings.shape[0], False, rest[-1])
-    return loss, reference.room_for_backward(embeddings, references), stats
+    total = (embeddings if references is None else references).shape[0]
+    return loss, reference.room_for_backward(embeddings, total), stats
 
 
+@torch.library.register_fake("triplet_ext::mined_triplet_loss_with_memory", lib=_library)
+def _(embeddings, labels, references, reference_labels, memory, *rest):
+    loss, _, stats = _fake_forward(embeddings, embeddings.shape[0], False, rest[-1])
+    first = (embeddings if references is None else references).shape[0]
+    return loss, reference.room_for_backward(embeddings, first + memory.shape[0]), stats
+
+
+@torch.library.register_fake("triplet_ext::mined_triplet_loss_with_memory_backward", lib=_library)
 @torch.library.register_fake("triplet_ext::mined_triplet_loss_backward", lib=_library)
 def _(grad, embeddings, labels, references, *rest):
     own = embeddings.new_empty(embeddings.shape)
@@ -172,5 +191,8 @@ select_hardest = torch.ops.triplet_ext.select_hardest.default
 select_pair = torch.ops.triplet_ext.select_pair.default
 mined_triplet_loss = torch.ops.triplet_ext.mined_triplet_loss.default
 mined_triplet_loss_backward = torch.ops.triplet_ext.mined_triplet_loss_backward.default
+select_with_memory = torch.ops.triplet_ext.select_with_memory.default
+mined_triplet_loss_with_memory = torch.ops.triplet_ext.mined_triplet_loss_with_memory.default
+mined_triplet_loss_with_memory_backward = torch.ops.triplet_ext.mined_triplet_loss_with_memory_backward.default
 # No operator: how many there are depends on the data.
 enumerate_triplets = reference.enumerate_triplets

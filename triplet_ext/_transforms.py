@@ -50,6 +50,9 @@ _TRANSFORMABLE = {
     _autograd.ExplicitTripletLoss: _transformable(_autograd.ExplicitTripletLoss, _ops.triplet_loss, 3),
     _autograd.IndexedTripletLoss: _transformable(_autograd.IndexedTripletLoss, _ops.indexed_triplet_loss, 5),
     _autograd.MinedTripletLoss: _transformable(_autograd.MinedTripletLoss, _ops.mined_triplet_loss, 4),
+    _autograd.MinedTripletLossWithMemory: _transformable(
+        _autograd.MinedTripletLossWithMemory, _ops.mined_triplet_loss_with_memory, 9
+    ),
 }
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._autograd import ExplicitTripletLoss, IndexedTripletLoss, MinedTripletLoss
+from ._autograd import ExplicitTripletLoss, IndexedTripletLoss, MinedTripletLoss, MinedTripletLossWithMemory
 from .mining import AnyTriplets, Mining, select, strategy
 
 if TYPE_CHECKING:
     from ._distributed import Group
+    from .memory import MemoryBank
     from .mining import AnyGroup
 
 __all__ = ["TripletStats", "indexed_triplet_loss", "mined_triplet_loss", "triplet_loss"]
@@ -87,29 +88,45 @@ def check_swap(swap: bool, rules: Mining) -> None:
         )
 
 
-def mined_with_stats(batch, rules: Mining, options) -> tuple[Tensor, Tensor]:
+def mined_with_stats(batch, memory, rules: Mining, options) -> tuple[Tensor, Tensor]:
     margin, distance, swap, soft_margin, reduction = options
-    if "all" in (rules.positive, rules.negative):
-        return _apply(
-            MinedTripletLoss, *batch, rules.positive, rules.negative, margin, distance, swap, soft_margin, reduction
-        )
     embeddings, labels, references, reference_labels, offset = batch
+    how = (margin, distance, swap, soft_margin, reduction)
+    if "all" in (rules.positive, rules.negative):
+        if memory is None:
+            return _apply(MinedTripletLoss, *batch, rules.positive, rules.negative, *how)
+        inputs = (*batch[:4], *memory, offset)
+        return _apply(MinedTripletLossWithMemory, *inputs, rules.positive, rules.negative, *how)
     others = None if references is None else references.detach()
-    positive, negative = select((embeddings.detach(), labels, others, reference_labels, offset), distance, rules)
-    return _apply(
-        IndexedTripletLoss,
-        *(embeddings, references, None, positive, negative, margin, distance, swap, soft_margin, reduction),
-    )
+    batch = (embeddings.detach(), labels, others, reference_labels, offset)
+    positive, negative = select(batch, distance, rules, memory)
+    if memory is not None:
+        others = embeddings if references is None else references
+        references, positive, negative = _with_chosen_rows(others, memory[0], positive, negative)
+    return _apply(IndexedTripletLoss, embeddings, references, None, positive, negative, *how)
+
+
+def _with_chosen_rows(references: Tensor, memory: Tensor, *chosen: Tensor) -> tuple[Tensor, ...]:
+    """The references and those rows of the memory that were chosen, each index [B] numbering both: a copy of R + 2 B
+    rows, whatever the size of the memory."""
+    parts, indices = [references], []
+    first = count = references.shape[0]
+    for index in chosen:
+        parts.append(memory.index_select(0, (index - first).clamp_min(0)))
+        own = torch.arange(count, count + index.shape[0], device=index.device)
+        indices.append(torch.where(index >= first, own, index))
+        count = count + index.shape[0]
+    return torch.cat(parts), *indices
 
 
 def mined_of_group(group: Group, check: Callable[[], tuple], embeddings: object) -> tuple[Tensor, Tensor]:
     """mined_with_stats of what check() returns, with the batch of all processes of a group."""
     from . import _distributed
 
-    batch, rules, options = _distributed.checked(group, check, embeddings)
+    batch, memory, rules, options = _distributed.checked(group, check, embeddings)
     *measure, reduction = options
-    batch = _distributed.gather(batch, rules, options, group)
-    loss, stats = mined_with_stats(batch, rules, (*measure, _distributed.own_reduction(reduction)))
+    batch = _distributed.gather(batch, rules, options, memory, group)
+    loss, stats = mined_with_stats(batch, memory, rules, (*measure, _distributed.own_reduction(reduction)))
     return _distributed.group_loss(loss, stats, reduction, group)
 
 
@@ -170,6 +187,8 @@ def mined_triplet_loss(
     ref_offset: Optional[int] = None,
     process_group: Optional[AnyGroup] = None,
     equal_batches: bool = False,
+    memory: Optional[MemoryBank] = None,
+    ids: Optional[Tensor] = None,
 ) -> Tensor:
     """The triplet loss of the triplets that a strategy mines from a batch, in linear memory.
 
@@ -191,6 +210,10 @@ def mined_triplet_loss(
             are other items than the anchors, and nobody is left out.
         process_group, equal_batches: take the batches of all processes of a group for one batch, see
             :class:`triplet_ext.TripletLoss`.
+        memory: a :class:`triplet_ext.MemoryBank` of the width, dtype and device of the embeddings: positives and
+            negatives are taken from the batch and from its rows, to which no gradient flows.
+        ids: [B], any integer dtype: the samples' numbers. A row of the memory that was enqueued with an anchor's own
+            number is neither its positive nor its negative.
 
     Returns:
         The loss, 0-d or [B], float32 (float64 for float64). 0, with zero gradients, where there is no triplet.
@@ -205,7 +228,8 @@ def mined_triplet_loss(
         rules = strategy(mining)
         options = _checks.options(margin, distance, soft_margin, swap, reduction)
         check_swap(swap, rules)
-        return _checks.batch(embeddings, labels, ref_embeddings, ref_labels, ref_offset), rules, options
+        references = (ref_embeddings, ref_labels, ref_offset)
+        return *_checks.mined(embeddings, labels, references, memory, ids, process_group), rules, options
 
     if process_group is None:
         return mined_with_stats(*check())[0]

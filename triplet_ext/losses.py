@@ -14,6 +14,7 @@ from .reference import P_NORM
 
 if TYPE_CHECKING:
     from ._distributed import Group
+    from .memory import MemoryBank
     from .mining import AnyGroup
 
 
@@ -25,7 +26,8 @@ class TripletLoss(torch.nn.Module):
         loss = TripletLoss(margin=0.2)
         loss(anchor, positive, negative)                 # three [..., D]
         loss(embeddings, labels)                         # [B, D] and [B]: mines the triplets
-        loss(embeddings, labels, ref_embeddings=memory, ref_labels=memory_labels)
+        loss(embeddings, labels, ref_embeddings=gallery, ref_labels=gallery_labels)
+        loss(embeddings, labels, memory=bank)            # and rows of earlier batches: MemoryBank
         loss(embeddings, triplets=Triplets(a, p, n))     # row numbers, of integers [T] each, or one tensor [T, 3]
         loss.stats.active                                # of the last call, without waiting for the device
 
@@ -117,6 +119,8 @@ class TripletLoss(torch.nn.Module):
             ref_embeddings: Optional[Tensor] = None,
             ref_labels: Optional[Tensor] = None,
             ref_offset: Optional[int] = None,
+            memory: Optional[MemoryBank] = None,
+            ids: Optional[Tensor] = None,
         ) -> Tensor: ...
         @overload
         def __call__(
@@ -134,6 +138,8 @@ class TripletLoss(torch.nn.Module):
         ref_embeddings: Optional[Tensor] = None,
         ref_labels: Optional[Tensor] = None,
         ref_offset: Optional[int] = None,
+        memory: Optional[MemoryBank] = None,
+        ids: Optional[Tensor] = None,
         anchor: Optional[Tensor] = None,
         positive: Optional[Tensor] = None,
     ) -> Tensor:
@@ -143,40 +149,39 @@ class TripletLoss(torch.nn.Module):
             form = "loss(anchor, positive, negative)"
             first = _either("anchor", anchor, "embeddings", embeddings, form)
             second = _either("positive", positive, "labels", labels, form)
-            _absent(form, triplets=triplets, **references, process_group=self._group)
+            _absent(form, triplets=triplets, **references, memory=memory, ids=ids, process_group=self._group)
             if first is None or second is None or negative is None:
                 raise TypeError(f"{form} takes three tensors, got {_count(first, second, negative)}")
             rows = _checks.explicit(first, second, negative)
             loss, stats = functional.explicit_with_stats(*rows, options, 2.0, 0.0)
         elif triplets is not None:
             form = "loss(embeddings, triplets=...)"
-            _absent(form, labels=labels, ref_labels=ref_labels, ref_offset=ref_offset, process_group=self._group)
+            others = {"ref_labels": ref_labels, "ref_offset": ref_offset, "memory": memory, "ids": ids}
+            _absent(form, labels=labels, **others, process_group=self._group)
             inputs = _checks.indexed(embeddings, triplets, ref_embeddings)
             loss, stats = functional.indexed_with_stats(inputs, options)
         else:
-            loss, stats = self._mined(embeddings, labels, references, options)
+            loss, stats = self._mined(embeddings, labels, references, memory, ids, options)
         # An exported program keeps no state. torch 2.11 claims to export in every compilation, hence the second half.
         if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
             self._stats = stats
         return loss
 
-    def _mined(self, embeddings, labels, references, options):
-        if self._group is None:
-            return functional.mined_with_stats(_batch(embeddings, labels, references), strategy(self.mining), options)
+    def _mined(self, embeddings, labels, references, memory, ids, options):
+        group = self._group
 
         def check():
-            return _batch(embeddings, labels, references), strategy(self.mining), options
+            if embeddings is None or labels is None:
+                raise TypeError(
+                    "loss takes (anchor, positive, negative), (embeddings, labels) or (embeddings, triplets=...),"
+                    f" got {_count(embeddings, labels)} of (embeddings, labels)"
+                )
+            batch = _checks.mined(embeddings, labels, tuple(references.values()), memory, ids, group)
+            return *batch, strategy(self.mining), options
 
-        return functional.mined_of_group(self._group, check, embeddings)
-
-
-def _batch(embeddings, labels, references):
-    if embeddings is None or labels is None:
-        raise TypeError(
-            "loss takes (anchor, positive, negative), (embeddings, labels) or (embeddings, triplets=...),"
-            f" got {_count(embeddings, labels)} of (embeddings, labels)"
-        )
-    return _checks.batch(embeddings, labels, *references.values())
+        if group is None:
+            return functional.mined_with_stats(*check())
+        return functional.mined_of_group(group, check, embeddings)
 
 
 def _refuse_to_be_scripted(loss: torch.nn.Module) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .memory import MemoryBank
+
     AnyGroup = Union[ProcessGroup, DeviceMesh]
 
 
@@ -86,6 +88,8 @@ def mine(
     ref_offset: Optional[int] = None,
     process_group: Optional[AnyGroup] = None,
     equal_batches: bool = False,
+    memory: Optional[MemoryBank] = None,
+    ids: Optional[Tensor] = None,
 ) -> Triplets:
     """The triplets that a strategy takes from a batch, in ascending order of the anchor.
 
@@ -108,6 +112,8 @@ def mine(
         process_group, equal_batches: take the batches of all processes of a group for one batch, in rank order, see
             :class:`triplet_ext.TripletLoss`. Anchors are rows of this process's embeddings, positives and negatives
             positions in the batch of all.
+        memory, ids: further references, see :func:`triplet_ext.functional.mined_triplet_loss`; row j of the memory is
+            number B + j.
 
     Returns:
         :class:`Triplets` of int64 tensors [T]. With one positive and one negative an anchor, T counts the anchors
@@ -120,27 +126,32 @@ def mine(
     def check() -> Any:
         rules = strategy(mining)
         options = _checks.options(0.0, distance, False, False, "none")
-        return _checks.batch(embeddings, labels, ref_embeddings, ref_labels, ref_offset), rules, options
+        references = (ref_embeddings, ref_labels, ref_offset)
+        return *_checks.mined(embeddings, labels, references, memory, ids, process_group), rules, options
 
     with torch.no_grad():
         if process_group is None:
-            batch, rules, _ = check()
+            batch, past, rules, _ = check()
         else:
             from . import _distributed
 
             group = _distributed.group_of(process_group, equal_batches)
-            batch, rules, options = _distributed.checked(group, check, embeddings)
-            batch = _distributed.gather(batch, rules, options, group)
+            batch, past, rules, options = _distributed.checked(group, check, embeddings)
+            batch = _distributed.gather(batch, rules, options, past, group)
         if "all" in (rules.positive, rules.negative):
             how = (distance, rules.positive, rules.negative)
-            return Triplets(*_ops.enumerate_triplets(*(*batch, *how)))
-        positive, negative = select(batch, distance, rules)
+            return Triplets(*_ops.enumerate_triplets(*(*batch, *how, past)))
+        positive, negative = select(batch, distance, rules, past)
         anchor = ((positive >= 0) & (negative >= 0)).nonzero().squeeze(1)
         return Triplets(anchor, positive[anchor], negative[anchor])
 
 
-def select(batch, distance: str, rules: Mining) -> tuple[Tensor, Tensor]:
-    """The positive and the negative of each anchor, [B] each, -1 where there is none."""
+def select(batch, distance: str, rules: Mining, memory=None) -> tuple[Tensor, Tensor]:
+    """The positive and the negative of each anchor, [B] each, -1 where there is none. The rows of a memory come after
+    the references."""
+    if memory is not None:
+        *sides, offset = batch
+        return _ops.select_with_memory(*sides, *memory, offset, distance, rules.positive, rules.negative)
     if rules == PRESETS["batch_hard"]:
         return _ops.select_hardest(*batch, distance)
     return _ops.select_pair(*batch, distance, rules.positive, rules.negative)

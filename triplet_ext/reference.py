@@ -23,6 +23,8 @@ REDUCTIONS = ("mean", "mean_active", "sum", "none")
 # kinks (the derivative at t = 0, halves where swap ties). Reached through triplet_ext.TripletMarginLoss only.
 P_NORM = "p_norm"
 
+NO_ID = -(2**63)  # of a row in a memory: it is nobody's own
+
 _COSINE_FLOOR = 1e-8  # of a norm, as in torch.nn.functional.cosine_similarity
 _COSINE_TIE = 2.0**-48
 # torch 2.14 moved the derivative of clamp_min at its bound from 1 to 0.
@@ -634,16 +636,6 @@ class _Ranking:
         return (among > 0) & ~self.bad
 
 
-def _kinds(labels, reference_labels, offset, rows: slice) -> tuple[Tensor, Tensor]:
-    """Which references are positives and which negatives of a block of anchors, [b, R] each."""
-    same = labels[rows, None] == reference_labels
-    if offset is None:
-        return same, ~same
-    column = torch.arange(same.shape[1], device=same.device)
-    own = torch.arange(rows.start, rows.stop, device=same.device) + offset
-    return same & (column != own[:, None]), ~same
-
-
 def _columns(taken: Tensor) -> tuple[Tensor, Tensor]:
     """The columns that are taken of each row, in ascending order: [b, R] -> [b, K], and which of those there are."""
     count = taken.sum(1)
@@ -654,18 +646,64 @@ def _columns(taken: Tensor) -> tuple[Tensor, Tensor]:
     return columns.index_put((row, rank), column), there
 
 
-def _alone(embeddings, labels, references, reference_labels, offset):
-    """References, their labels and the offset, where the batch is its own references."""
-    return (embeddings, labels, 0) if references is None else (references, reference_labels, offset)
+class _Batch(NamedTuple):
+    """The arguments of an operator that mines. The references are followed by the rows of a memory, if there is one."""
+
+    embeddings: Tensor
+    labels: Tensor
+    others: Tensor
+    other_labels: Tensor
+    offset: Optional[int]
+    there: Optional[Tensor] = None  # int64 []: how many of others there are, where that is not all
+    ids: Optional[Tensor] = None  # [B]
+    other_ids: Optional[Tensor] = None  # [R]
 
 
-def _ranked_blocks(sides: _Sides, labels, other_labels, offset, distance: str, waits: bool = True):
+def _batch_of(embeddings, labels, references, reference_labels, offset, memory=None) -> _Batch:
+    if references is None:
+        references, reference_labels, offset = embeddings, labels, 0
+    if memory is None:
+        return _Batch(embeddings, labels, references, reference_labels, offset)
+    rows, row_labels, count, ids, row_ids = memory
+    first = references.shape[0]
+    other_ids = None
+    if ids is not None and row_ids is not None:
+        other_ids = torch.cat((row_ids.new_full((first,), NO_ID), row_ids))
+    return _Batch(
+        embeddings,
+        labels,
+        torch.cat((references, rows)),
+        torch.cat((reference_labels, row_labels)),
+        offset,
+        first + count,
+        ids,
+        other_ids,
+    )
+
+
+def _kinds(batch: _Batch, rows: slice) -> tuple[Tensor, Tensor]:
+    """Which references are positives and which negatives of a block of anchors, [b, R] each."""
+    positive = batch.labels[rows, None] == batch.other_labels
+    negative = ~positive
+    column = torch.arange(positive.shape[1], device=positive.device)
+    if batch.offset is not None:
+        own = torch.arange(rows.start, rows.stop, device=positive.device) + batch.offset
+        positive = positive & (column != own[:, None])
+    if batch.there is not None:
+        there = column < batch.there
+        if batch.ids is not None and batch.other_ids is not None:
+            there = there & ((batch.ids[rows, None] != batch.other_ids) | (batch.other_ids == NO_ID))
+        positive, negative = positive & there, negative & there
+    return positive, negative
+
+
+def _ranked_blocks(sides: _Sides, batch: _Batch, distance: str, waits: bool = True):
     """(anchors, their ranking, its positives, its negatives): anchors in turn, as many as _MINED_BYTES hold."""
     count, total = len(sides.x), len(sides.r)
     step = max(1, _MINED_BYTES // (8 * max(1, total)))
     for start in range(0, count if total else 0, step):
         rows = slice(start, min(start + step, count))
-        yield rows, _Ranking(sides, rows, distance, waits), *_kinds(labels, other_labels, offset, rows)
+        yield rows, _Ranking(sides, rows, distance, waits), *_kinds(batch, rows)
 
 
 # --- selection ------------------------------------------------------------------------------------------------
@@ -678,15 +716,41 @@ def select_hardest(embeddings, labels, references, reference_labels, reference_o
     return select_pair(*batch, distance, "hard", "hard")
 
 
-@torch.no_grad()
 def select_pair(embeddings, labels, references, reference_labels, reference_offset, distance, positive, negative):
     """One positive (hard or easy) and one negative (hard or semi_hard) of each anchor, int64 [B] each; -1 where
     there is none."""
-    others, other_labels, offset = _alone(embeddings, labels, references, reference_labels, reference_offset)
-    chosen = torch.full((2, embeddings.shape[0]), -1, dtype=torch.int64, device=embeddings.device)
-    sides = _sides(embeddings, others, distance)
-    waits = negative == "semi_hard" or _knows_values(embeddings.device)
-    for rows, ranking, is_positive, is_negative in _ranked_blocks(sides, labels, other_labels, offset, distance, waits):
+    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset)
+    return _select(batch, distance, positive, negative)
+
+
+def select_with_memory(
+    embeddings,
+    labels,
+    references,
+    reference_labels,
+    memory,
+    memory_labels,
+    memory_count,
+    ids,
+    memory_ids,
+    reference_offset,
+    distance,
+    positive,
+    negative,
+):
+    """The same with further references, the first memory_count rows of a memory, which come after the others."""
+    memory = (memory, memory_labels, memory_count, ids, memory_ids)
+    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset, memory)
+    return _select(batch, distance, positive, negative)
+
+
+@torch.no_grad()
+def _select(batch: _Batch, distance: str, positive: str, negative: str):
+    count, device = batch.embeddings.shape[0], batch.embeddings.device
+    chosen = torch.full((2, count), -1, dtype=torch.int64, device=device)
+    sides = _sides(batch.embeddings, batch.others, distance)
+    waits = negative == "semi_hard" or _knows_values(device)
+    for rows, ranking, is_positive, is_negative in _ranked_blocks(sides, batch, distance, waits):
         p = ranking.extreme(is_positive, positive == "hard")
         if negative == "hard":
             n = ranking.extreme(is_negative, False)
@@ -775,12 +839,10 @@ def _choices(ranking: _Ranking, is_positive: Tensor, is_negative: Tensor, positi
     return p, there, ranking.semi_hard(is_negative, p)
 
 
-def _mined_blocks(sides, labels, other_labels, offset, positive, negative, measure, largest):
+def _mined_blocks(sides, batch: _Batch, positive, negative, measure, largest):
     """(anchors, their rows of distances, what they contribute) block by block. A distance beyond ``largest`` is
     infinite."""
-    for rows, ranking, is_positive, is_negative in _ranked_blocks(
-        sides, labels, other_labels, offset, measure.distance
-    ):
+    for rows, ranking, is_positive, is_negative in _ranked_blocks(sides, batch, measure.distance):
         valid = is_positive.any(1) & is_negative.any(1)
         every = (is_positive | is_negative) & valid[:, None]
         p, there, n = _choices(ranking, is_positive, is_negative, positive, negative)
@@ -794,14 +856,18 @@ def _mined_blocks(sides, labels, other_labels, offset, positive, negative, measu
 
 
 def enumerate_triplets(
-    embeddings, labels, references, reference_labels, reference_offset, distance, positive, negative
+    embeddings, labels, references, reference_labels, reference_offset, distance, positive, negative, memory=None
 ):
     """Every triplet of a strategy: anchor, positive, negative, int64 [T] each, in ascending order."""
-    others, other_labels, offset = _alone(embeddings, labels, references, reference_labels, reference_offset)
-    found = [torch.empty(3, 0, dtype=torch.int64, device=embeddings.device)]
+    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset, memory)
+    return _enumerate(batch, distance, positive, negative)
+
+
+def _enumerate(batch: _Batch, distance: str, positive: str, negative: str):
+    found = [torch.empty(3, 0, dtype=torch.int64, device=batch.embeddings.device)]
     with torch.no_grad():
-        sides = _sides(embeddings, others, distance)
-        for rows, ranking, is_positive, is_negative in _ranked_blocks(sides, labels, other_labels, offset, distance):
+        sides = _sides(batch.embeddings, batch.others, distance)
+        for rows, ranking, is_positive, is_negative in _ranked_blocks(sides, batch, distance):
             p, there, n = _choices(ranking, is_positive, is_negative, positive, negative)
             a, k = there.nonzero().unbind(1)
             p = p[a, k]
@@ -817,11 +883,10 @@ def enumerate_triplets(
     return tuple(torch.cat(found, 1).unbind())
 
 
-def room_for_backward(embeddings: Tensor, references: Optional[Tensor]) -> Tensor:
+def room_for_backward(embeddings: Tensor, references: int) -> Tensor:
     """int32 [B, max(as many as take an embedding's bytes, R / 1024)]: what a kernel's forward has to tell its own
     backward. The reference says nothing."""
-    total = (embeddings if references is None else references).shape[0]
-    width = torch.sym_max((embeddings.shape[1] * embeddings.element_size() + 3) // 4, (total + 1023) // 1024)
+    width = torch.sym_max((embeddings.shape[1] * embeddings.element_size() + 3) // 4, (references + 1023) // 1024)
     return embeddings.new_zeros((embeddings.shape[0], width), dtype=torch.int32)
 
 
@@ -840,25 +905,56 @@ def mined_triplet_loss(
     reduction,
 ):
     """The loss of a strategy's triplets, [] or [B] of the anchors' sums, room for the backward, and the statistics."""
+    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset)
     measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
-    batch = (embeddings, labels, references, reference_labels, reference_offset)
+    return _mined(batch, positive, negative, measure, reduction)
+
+
+def mined_triplet_loss_with_memory(
+    embeddings,
+    labels,
+    references,
+    reference_labels,
+    memory,
+    memory_labels,
+    memory_count,
+    ids,
+    memory_ids,
+    reference_offset,
+    positive,
+    negative,
+    margin,
+    distance,
+    swap,
+    soft_margin,
+    reduction,
+):
+    """The same with further references, the first memory_count rows of a memory."""
+    memory = (memory, memory_labels, memory_count, ids, memory_ids)
+    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset, memory)
+    measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
+    return _mined(batch, positive, negative, measure, reduction)
+
+
+def _mined(batch: _Batch, positive: str, negative: str, measure: Measure, reduction: str):
+    embeddings, distance = batch.embeddings, measure.distance
     wide, count = wide_dtype(embeddings.device), embeddings.shape[0]
-    if swap:
-        a, p, n = enumerate_triplets(*batch, distance, positive, negative)
+    room = room_for_backward(embeddings, batch.others.shape[0])
+    if measure.swap:
+        a, p, n = _enumerate(batch, distance, positive, negative)
         losses, _, stats = indexed_triplet_loss(
-            embeddings, references, a, p, n, margin, distance, swap, soft_margin, "none"
+            embeddings, batch.others, a, p, n, measure.margin, distance, True, measure.soft_margin, "none"
         )
         losses = _scatter(a, losses[:, None], count).squeeze(1)
         finite = embeddings.isfinite().all(1)
         losses = torch.where(finite, losses, math.nan)
-        return _reduce(losses, stats, reduction), room_for_backward(embeddings, references), stats
-    others, other_labels, offset = _alone(*batch)
-    sides = _sides(embeddings, others, distance)
+        return _reduce(losses, stats, reduction), room, stats
+    sides = _sides(embeddings, batch.others, distance)
     losses = torch.zeros(count, dtype=wide, device=embeddings.device)
     sums = torch.zeros(5, dtype=wide, device=embeddings.device)
-    if others.shape[0]:
+    if batch.others.shape[0]:
         for rows, _, valid, found in _mined_blocks(
-            sides, labels, other_labels, offset, positive, negative, measure, _largest(embeddings, distance)
+            sides, batch, positive, negative, measure, _largest(embeddings, distance)
         ):
             losses[rows] = found.losses
             parts = (valid, found.triplets, found.active, found.positive, found.negative)
@@ -866,8 +962,7 @@ def mined_triplet_loss(
     else:
         losses = torch.where(sides.finite_x, losses, math.nan)
     stats = torch.cat((sums[:3], sums[3:] / sums[1]))
-    loss = _reduce(losses, stats, reduction).to(accumulation_dtype(embeddings.dtype))
-    return loss, room_for_backward(embeddings, references), stats
+    return _reduce(losses, stats, reduction).to(accumulation_dtype(embeddings.dtype)), room, stats
 
 
 def mined_triplet_loss_backward(
@@ -887,38 +982,72 @@ def mined_triplet_loss_backward(
     soft_margin,
     reduction,
 ):
+    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset)
     measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
-    batch = (embeddings, labels, references, reference_labels, reference_offset)
+    own, other = _mined_backward(grad, batch, stats, positive, negative, measure, reduction)
+    return _both_gradients(own, other, embeddings, references)
+
+
+def mined_triplet_loss_with_memory_backward(
+    grad,
+    embeddings,
+    labels,
+    references,
+    reference_labels,
+    memory,
+    memory_labels,
+    memory_count,
+    ids,
+    memory_ids,
+    reference_offset,
+    saved,
+    stats,
+    positive,
+    negative,
+    margin,
+    distance,
+    swap,
+    soft_margin,
+    reduction,
+):
+    memory = (memory, memory_labels, memory_count, ids, memory_ids)
+    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset, memory)
+    measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
+    own, other = _mined_backward(grad, batch, stats, positive, negative, measure, reduction)
+    first = (embeddings if references is None else references).shape[0]
+    return _both_gradients(own, other[:first], embeddings, references)
+
+
+def _both_gradients(own: Tensor, other: Tensor, embeddings: Tensor, references: Optional[Tensor]):
+    if references is None:
+        return (own + other).to(embeddings.dtype), embeddings.new_empty(0)
+    return own.to(embeddings.dtype), other.to(references.dtype)
+
+
+def _mined_backward(
+    grad: Tensor, batch: _Batch, stats: Tensor, positive: str, negative: str, measure: Measure, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the embeddings and of all references."""
+    embeddings, distance = batch.embeddings, measure.distance
     wide, count = wide_dtype(embeddings.device), embeddings.shape[0]
     weight = _spread(grad, stats, count, wide, reduction)
-    if swap:
-        a, p, n = enumerate_triplets(*batch, distance, positive, negative)
+    if measure.swap:
+        a, p, n = _enumerate(batch, distance, positive, negative)
         own, other = indexed_triplet_loss_backward(
             weight[a].to(accumulation_dtype(embeddings.dtype)),
-            embeddings,
-            references,
-            a,
-            p,
-            n,
-            None,
-            stats,
-            margin,
-            distance,
-            swap,
-            soft_margin,
-            "none",
+            *(embeddings, batch.others, a, p, n, None, stats),
+            *(measure.margin, distance, True, measure.soft_margin, "none"),
         )
         finite = embeddings.isfinite().all(1, keepdim=True)
         return torch.where(finite, own, math.nan), other
-    others, other_labels, offset = _alone(*batch)
-    sides = _sides(embeddings, others, distance)
+    sides = _sides(embeddings, batch.others, distance)
     x, r = sides.x, sides.r
     (inverse_x, inverse_r), (lack_x, lack_r) = sides.inverse, sides.lack
     total, pulled = torch.zeros_like(x), torch.zeros_like(r)  # the latter W^T x
     column = along_r = r.new_zeros(r.shape[0])  # sums of W, and of W d, over the anchors
-    if others.shape[0]:
+    if batch.others.shape[0]:
         for rows, d, _, found in _mined_blocks(
-            sides, labels, other_labels, offset, positive, negative, measure, _largest(embeddings, distance)
+            sides, batch, positive, negative, measure, _largest(embeddings, distance)
         ):
             w = found.weights * weight[rows, None]
             if distance == "euclidean":
@@ -937,7 +1066,4 @@ def mined_triplet_loss_backward(
     other = column * r - pulled
     if inverse_r is not None and lack_r is not None:
         other = inverse_r * (other - torch.where(lack_r > 0, column, along_r) * r)
-    total = torch.where(sides.finite_x[:, None], total, math.nan)
-    if references is None:
-        return (total + other).to(embeddings.dtype), embeddings.new_empty(0)
-    return total.to(embeddings.dtype), other.to(references.dtype)
+    return torch.where(sides.finite_x[:, None], total, math.nan), other

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from common import DISTANCES, assert_same, classes, rows
 
 from triplet_ext import MemoryBank, Mining, TripletLoss, functional, mine

@@ -242,6 +242,8 @@ def test_the_global_generators_are_neither_read_nor_moved():
         np.array,
         torch.tensor,
         lambda y: np.array(y).astype(np.uint64),
+        lambda y: np.array(y).astype(">i8"),
+        lambda y: np.array(y[::-1])[::-1],
         lambda y: torch.tensor(y).expand(3, -1)[1],
         lambda y: [np.int64(label) for label in y],
         lambda y: [torch.tensor(label) for label in y],

@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import re
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import oracle
@@ -88,6 +89,7 @@ def nested(x, layout=torch.jagged):
     return unusual(torch.nested.nested_tensor, [x, x], layout=layout)
 
 
+BEYOND = "margin must be in the range of float64, got "
 OPTIONS = [
     (dict(margin="1"), TypeError, "margin must be a number, got str"),
     (dict(margin=None), TypeError, "margin must be a number, got NoneType"),
@@ -99,6 +101,8 @@ OPTIONS = [
     (dict(margin=float("nan")), ValueError, "margin must be finite and at least 0, got nan"),
     (dict(margin=float("inf")), ValueError, "margin must be finite and at least 0, got inf"),
     (dict(margin=np.float32(-2)), ValueError, "margin must be finite and at least 0, got -2.0"),
+    (dict(margin=10**400), ValueError, BEYOND + "int beyond it"),
+    (dict(margin=Fraction(-(10**400))), ValueError, BEYOND + "fractions.Fraction beyond it"),
     (dict(distance="l2"), ValueError, DISTANCE + "'l2'"),
     (dict(distance="p_norm"), ValueError, DISTANCE + "'p_norm'"),
     (dict(distance=2), TypeError, DISTANCE + "2"),
@@ -121,6 +125,7 @@ DROP_IN_OPTIONS = [
     (dict(p=np.ones(())), TypeError, "p must be a number, got numpy.ndarray"),
     (dict(p=-1), ValueError, "p must be at least 0, got -1"),
     (dict(p=float("nan")), ValueError, "p must be a number, got nan"),
+    (dict(p=10**400), ValueError, "p must be in the range of float64, got int beyond it"),
     (dict(eps=None), TypeError, "eps must be a number, got NoneType"),
     (dict(eps=float("nan")), ValueError, "eps must be a number, got nan"),
     (dict(reduction="mean_active"), ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'mean_active'"),

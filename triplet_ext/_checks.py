@@ -51,11 +51,13 @@ def flag(name: str, value: object) -> bool:
 
 
 def _real(name: str, value: object) -> Union[int, float]:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value
     if not hasattr(value, "__float__") or isinstance(value, (bool, np.bool_, np.ndarray, str, Tensor)):
         raise TypeError(f"{name} must be a number, got {_kind(value)}")
-    return float(value)  # NumPy's scalars
+    try:
+        number = float(value)
+    except OverflowError:  # not shown, for it may have thousands of digits
+        raise ValueError(f"{name} must be in the range of float64, got {_kind(value)} beyond it") from None
+    return value if isinstance(value, (int, float)) else number  # number: of NumPy's scalars
 
 
 def margin(value: object) -> float:

@@ -309,6 +309,9 @@ def _labels(labels: Any) -> np.ndarray:
     expected = "labels must be integers, a list, NumPy array or tensor of shape [N]"
     if isinstance(labels, Tensor):
         y = labels.detach().cpu()
+    elif isinstance(labels, np.ndarray) and labels.dtype.kind in "iub":
+        # astype makes sense of any strides and byte order, torch does not.
+        y = torch.from_numpy(labels.astype(np.int64, order="C"))
     else:
         try:
             if isinstance(labels, (list, tuple)) and set(map(type, labels)) == {int}:

@@ -30,7 +30,8 @@ class TripletStats(NamedTuple):
     values is what waits for the device, nothing before.
 
     Attributes:
-        anchors: anchors with at least one triplet, int64; of given triplets, each row is an anchor of its own.
+        anchors: anchors with at least one triplet, int64; of triplets given as three tensors of rows, each row is an
+            anchor of its own, and of row numbers, different numbers are different anchors.
         triplets: triplets, int64.
         active: triplets with a loss above 0, int64.
         positive_distance: mean d(a, p) over the triplets; NaN where there is none.

@@ -19,6 +19,9 @@ TORCH_LIBRARY_IMPL(triplet_ext, CPU, m) {
   m.impl("select_pair", &select_pair_cpu);
   m.impl("mined_triplet_loss", &mined_triplet_loss_cpu);
   m.impl("mined_triplet_loss_backward", &mined_triplet_loss_backward_cpu);
+  m.impl("select_with_memory", &select_with_memory_cpu);
+  m.impl("mined_triplet_loss_with_memory", &mined_triplet_loss_with_memory_cpu);
+  m.impl("mined_triplet_loss_with_memory_backward", &mined_triplet_loss_with_memory_backward_cpu);
 }
 
 #if defined(TRIPLET_EXT_CUDA)

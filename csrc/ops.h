@@ -109,4 +109,36 @@ std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
     std::string_view distance, bool swap, bool soft_margin, std::string_view reduction);
 decltype(mined_triplet_loss_backward_cpu) mined_triplet_loss_backward_cuda;
 
+// A memory: further references, behind the others, to which no gradient flows. For the devices without a kernel of
+// these the reference serves.
+//   memory         [M, D]; memory_labels [M] int64
+//   memory_count   [] int64: how many of its rows are there, the first ones
+//   ids            [B] int64, memory_ids [M] int64; absent: nobody is left out. A row of an anchor's own id is neither
+//                  its positive nor its negative; -2**63 is nobody's own. Rows of equal ids have equal labels.
+// Otherwise as above; row j of the memory is reference R + j, and the gradients are those of the embeddings and of the
+// references before it.
+std::tuple<at::Tensor, at::Tensor> select_with_memory_cpu(
+    const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+    const OptionalTensor& reference_labels, const at::Tensor& memory, const at::Tensor& memory_labels,
+    const at::Tensor& memory_count, const OptionalTensor& ids, const OptionalTensor& memory_ids,
+    std::optional<int64_t> reference_offset, std::string_view distance, std::string_view positive,
+    std::string_view negative);
+
+Loss mined_triplet_loss_with_memory_cpu(const at::Tensor& embeddings, const at::Tensor& labels,
+                                        const OptionalTensor& references, const OptionalTensor& reference_labels,
+                                        const at::Tensor& memory, const at::Tensor& memory_labels,
+                                        const at::Tensor& memory_count, const OptionalTensor& ids,
+                                        const OptionalTensor& memory_ids, std::optional<int64_t> reference_offset,
+                                        std::string_view positive, std::string_view negative, double margin,
+                                        std::string_view distance, bool swap, bool soft_margin,
+                                        std::string_view reduction);
+
+std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_with_memory_backward_cpu(
+    const at::Tensor& grad, const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+    const OptionalTensor& reference_labels, const at::Tensor& memory, const at::Tensor& memory_labels,
+    const at::Tensor& memory_count, const OptionalTensor& ids, const OptionalTensor& memory_ids,
+    std::optional<int64_t> reference_offset, const at::Tensor& saved, const at::Tensor& stats,
+    std::string_view positive, std::string_view negative, double margin, std::string_view distance, bool swap,
+    bool soft_margin, std::string_view reduction);
+
 }  // namespace triplet_ext

@@ -236,3 +236,37 @@ def test_bad_sizes():
             MemoryBank(size, dim)
         assert str(caught.value) == text
     assert MemoryBank(np.int64(4), 3).embeddings.shape == (4, 3)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("mining", STRATEGIES, ids=lambda rules: f"{rules.positive}-{rules.negative}")
+def test_a_large_bank(rng, mining, distance):
+    """The C++ kernels search it in pieces: the same choice as in one, among rows that repeat across the pieces."""
+    size, dim = 5000, 1040
+    bank = MemoryBank(size, dim)
+    few = rows(rng, 900, dim, torch.float32)
+    again = torch.from_numpy(rng.integers(0, 900, size))
+    labels = torch.from_numpy(rng.integers(0, 40, 900))[again]
+    bank.enqueue(few[again], labels, again)
+    take = torch.from_numpy(rng.integers(0, size, 12))
+    x = bank.embeddings[take] + (rows(rng, 12, dim, torch.float32) * 0.1 if rng.integers(2) else 0)
+    y = labels[take]
+    if rng.integers(2):
+        bank.embeddings[4321, 7] = float("inf")
+    with torch.no_grad():
+        if mining.positive == "all" and mining.negative == "all":
+            bank.count.fill_(1500)  # of which all triplets are listed
+        n = len(bank)
+        references = {"ref_embeddings": torch.cat((x, bank.embeddings[:n])), "ref_labels": torch.cat((y, labels[:n]))}
+        options = {"distance": distance, **references, "ref_offset": 0}
+        for actual, wanted in zip(mine(x, y, mining, distance=distance, memory=bank), mine(x, y, mining, **options)):
+            assert_same(actual, wanted)
+        # Without the rows of its own sample.
+        ids = again[take]
+        found = TripletLoss(mining=mining, distance=distance, reduction="none")(x, y, memory=bank, ids=ids)
+        for i in range(12):
+            keep = (again[:n] != ids[i]).nonzero().squeeze(1)
+            r, z = torch.cat((x, bank.embeddings[keep])), torch.cat((y, labels[keep]))
+            one = TripletLoss(mining=mining, distance=distance, reduction="sum")
+            expected = one(x[i : i + 1], y[i : i + 1], ref_embeddings=r, ref_labels=z, ref_offset=i)
+            torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "../ops.h"
+#include "restriction.h"
 #include "batch.h"
 #include "interrupt.h"
 #include "pulls.h"
@@ -154,9 +155,10 @@ class Mined {
   using Scalar = T;
 
   // largest: what is beyond it is infinite, a square of a distance or of a norm, and t.
-  Mined(Side<T>& anchors, Side<T>* references, std::optional<int64_t> offset, PositiveRule positive,
-        NegativeRule negative, const Measure& measure, double largest)
-      : problem_(anchors, references, offset, measure.distance == Distance::Cosine, largest_scale(measure.margin),
+  Mined(Side<T>& anchors, Side<T>* references, std::optional<int64_t> offset, const Restriction& restriction,
+        PositiveRule positive, NegativeRule negative, const Measure& measure, double largest)
+      : restriction_(restriction),
+        problem_(anchors, references, offset, measure.distance == Distance::Cosine, largest_scale(measure.margin),
                  kHeadroom),
         a_(problem_.a),
         r_(problem_.r),
@@ -443,7 +445,11 @@ class Mined {
   static int64_t panel() { return kernels<T>().panel; }
   int64_t positives_of(int64_t i) const {
     const int64_t self = problem_.packed_self[i];  // as a reference it may have another label
-    return class_end_[i] - class_begin_[i] - (class_begin_[i] <= self && self < class_end_[i]);
+    int64_t count = class_end_[i] - class_begin_[i] - (class_begin_[i] <= self && self < class_end_[i]);
+    if (restriction_.given) return std::min<int64_t>(count, restriction_.given[a_.order[i]] >= 0);
+    for (int64_t j = class_begin_[i]; restriction_.ids && j < class_end_[i]; ++j)
+      count -= !restriction_.allows(a_.order[i], r_.order[j]);
+    return count;
   }
   int64_t negatives_of(int64_t i) const { return r_.count - (class_end_[i] - class_begin_[i]); }
   bool has_triplets(int64_t i) const { return positives_of(i) > 0 && negatives_of(i) > 0; }
@@ -587,7 +593,9 @@ class Mined {
   void choose_positives(int64_t i, const T* y, typename Group<T>::Anchor& anchor) const {
     auto& taken = anchor.positives;
     for (int64_t j = class_begin_[i]; j < class_end_[i]; ++j)
-      if (j != problem_.packed_self[i] && r_.group.get()[j] != kNoGroup) taken.push_back({y[j], Lane<T>(j)});
+      if (j != problem_.packed_self[i] && r_.group.get()[j] != kNoGroup &&
+          restriction_.allows(a_.order[i], r_.order[j]))
+        taken.push_back({y[j], Lane<T>(j)});
     if (positive_ == PositiveRule::All || taken.empty()) return;
     const bool farthest = positive_ == PositiveRule::Hard;
     T best = taken[0].first;
@@ -1138,6 +1146,7 @@ class Mined {
     });
   }
 
+  const Restriction restriction_;
   Problem<T> problem_;
   const Side<T>&a_, &r_;
   Pairing<T> pairing_, squares_;  // as distances are measured, and without a root, as they are compared
@@ -1163,8 +1172,8 @@ class Mined {
 // Calls f(what is mined from both sides of a call), in the accumulation type or, if that must be, in float64.
 template <typename T, typename F>
 void with_mined(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
-                const OptionalTensor& reference_labels, std::optional<int64_t> offset, std::string_view positive,
-                std::string_view negative, const Measure& measure, F f,
+                const OptionalTensor& reference_labels, std::optional<int64_t> offset, const Restriction& restriction,
+                std::string_view positive, std::string_view negative, const Measure& measure, F f,
                 double largest = std::numeric_limits<T>::max()) {
   check_rows(embeddings.size(0), references ? references->size(0) : 0);
   const at::Tensor x = as_rows(embeddings), y = labels.contiguous();
@@ -1172,38 +1181,40 @@ void with_mined(const at::Tensor& embeddings, const at::Tensor& labels, const Op
   Side<T> anchors = side_of<T>(x, y);
   std::optional<Side<T>> others;
   if (references) others = side_of<T>(r, z);
-  const Mined<T> mined(anchors, others ? &*others : nullptr, references ? offset : 0, parse_positive(positive),
-                       parse_negative(negative), measure, largest);
+  const Mined<T> mined(anchors, others ? &*others : nullptr, references ? offset : 0, restriction,
+                       parse_positive(positive), parse_negative(negative), measure, largest);
   if (!mined.wants_float64()) return f(mined);
   OptionalTensor wide;
   if (references) wide = references->to(at::kDouble);
-  with_mined<double>(embeddings.to(at::kDouble), labels, wide, reference_labels, offset, positive, negative, measure, f,
-                     largest);
+  with_mined<double>(embeddings.to(at::kDouble), labels, wide, reference_labels, offset, restriction, positive,
+                     negative, measure, f, largest);
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> select_pair_cpu(const at::Tensor& embeddings, const at::Tensor& labels,
-                                                   const OptionalTensor& references,
-                                                   const OptionalTensor& reference_labels,
-                                                   std::optional<int64_t> reference_offset, std::string_view distance,
-                                                   std::string_view positive, std::string_view negative) {
+std::tuple<at::Tensor, at::Tensor> select_pair_restricted(const at::Tensor& embeddings, const at::Tensor& labels,
+                                                          const OptionalTensor& references,
+                                                          const OptionalTensor& reference_labels,
+                                                          std::optional<int64_t> reference_offset,
+                                                          const Restriction& restriction, std::string_view distance,
+                                                          std::string_view positive, std::string_view negative) {
   const auto options = at::TensorOptions(at::kLong);
   at::Tensor p = at::full({embeddings.size(0)}, -1, options), n = at::full({embeddings.size(0)}, -1, options);
   if (embeddings.size(0) == 0) return {p, n};
   dispatch(embeddings, [&](auto zero) {
     const Measure measure{0, 2, 0, parse_distance(distance), false, false};
     with_mined<decltype(zero)>(
-        embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
+        embeddings, labels, references, reference_labels, reference_offset, restriction, positive, negative, measure,
         [&](const auto& mined) { mined.select(p.mutable_data_ptr<int64_t>(), n.mutable_data_ptr<int64_t>()); });
   });
   return {p, n};
 }
 
-Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
-                            const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset,
-                            std::string_view positive, std::string_view negative, double margin,
-                            std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
+Loss mined_triplet_loss_restricted(const at::Tensor& embeddings, const at::Tensor& labels,
+                                   const OptionalTensor& references, const OptionalTensor& reference_labels,
+                                   std::optional<int64_t> reference_offset, const Restriction& restriction,
+                                   std::string_view positive, std::string_view negative, double margin,
+                                   std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
   const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
   return dispatch(embeddings, [&](auto zero) {
     using T = decltype(zero);
@@ -1216,8 +1227,8 @@ Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labe
     const at::Tensor loss = none ? at::empty({count}, options) : at::empty({}, options);
     double sum[kSums] = {}, anchors = 0;
     if (count > 0)
-      with_mined<T>(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
-                    [&](const auto& mined) {
+      with_mined<T>(embeddings, labels, references, reference_labels, reference_offset, restriction, positive, negative,
+                    measure, [&](const auto& mined) {
                       const auto sums =
                           swap ? mined.forward_swapped() : mined.forward(saved.mutable_data_ptr<int32_t>(), width);
                       for (int64_t i = 0; i < count; ++i) {
@@ -1237,11 +1248,11 @@ Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labe
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
+std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_restricted(
     const at::Tensor& grad, const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
-    const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset, const at::Tensor& saved,
-    const at::Tensor& stats, std::string_view positive, std::string_view negative, double margin,
-    std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
+    const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset, const Restriction& restriction,
+    const at::Tensor& saved, const at::Tensor& stats, std::string_view positive, std::string_view negative,
+    double margin, std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
   const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
   return dispatch(embeddings, [&](auto zero) {
     using T = decltype(zero);
@@ -1249,8 +1260,8 @@ std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
     at::Tensor own = at::zeros(embeddings.sizes(), options);
     at::Tensor other = at::zeros(references ? references->sizes() : at::IntArrayRef{0}, options);
     if (embeddings.size(0) > 0)
-      with_mined<T>(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
-                    [&](const auto& mined) {
+      with_mined<T>(embeddings, labels, references, reference_labels, reference_offset, restriction, positive, negative,
+                    measure, [&](const auto& mined) {
                       using M = typename std::decay_t<decltype(mined)>::Scalar;
                       constexpr auto type = c10::CppTypeToScalarType<M>::value;
                       own = own.to(type);
@@ -1262,6 +1273,33 @@ std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
                     });
     return std::make_tuple(own.to(embeddings.scalar_type()), other.to(embeddings.scalar_type()));
   });
+}
+
+std::tuple<at::Tensor, at::Tensor> select_pair_cpu(const at::Tensor& embeddings, const at::Tensor& labels,
+                                                   const OptionalTensor& references,
+                                                   const OptionalTensor& reference_labels,
+                                                   std::optional<int64_t> reference_offset, std::string_view distance,
+                                                   std::string_view positive, std::string_view negative) {
+  return select_pair_restricted(embeddings, labels, references, reference_labels, reference_offset, {}, distance,
+                                positive, negative);
+}
+
+Loss mined_triplet_loss_cpu(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+                            const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset,
+                            std::string_view positive, std::string_view negative, double margin,
+                            std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
+  return mined_triplet_loss_restricted(embeddings, labels, references, reference_labels, reference_offset, {}, positive,
+                                       negative, margin, distance, swap, soft_margin, reduction);
+}
+
+std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
+    const at::Tensor& grad, const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+    const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset, const at::Tensor& saved,
+    const at::Tensor& stats, std::string_view positive, std::string_view negative, double margin,
+    std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
+  return mined_triplet_loss_backward_restricted(grad, embeddings, labels, references, reference_labels,
+                                                reference_offset, {}, saved, stats, positive, negative, margin,
+                                                distance, swap, soft_margin, reduction);
 }
 
 }  // namespace triplet_ext

@@ -107,14 +107,14 @@ struct Call {
        const OptionalTensor& reference_labels, const at::Tensor& memory, const at::Tensor& memory_labels,
        const at::Tensor& memory_count, const OptionalTensor& ids, const OptionalTensor& memory_ids,
        std::optional<int64_t> reference_offset, std::string_view distance)
-      : x(embeddings),
+      : x(embeddings.detach()),  // threads of a parallel loop know nothing of autograd's state
         y(labels.contiguous()),
-        r(references ? *references : embeddings),
+        r(references ? references->detach() : x),
         z(references ? reference_labels->contiguous() : y),
         offset(references ? reference_offset : 0),
         distance(distance) {
     const int64_t count = std::clamp<int64_t>(memory_count.item<int64_t>(), 0, memory.size(0));
-    this->memory = memory.narrow(0, 0, count);
+    this->memory = memory.detach().narrow(0, 0, count);
     this->memory_labels = memory_labels.contiguous().narrow(0, 0, count);
     if (ids && memory_ids) {
       this->ids = ids->contiguous();
@@ -155,13 +155,10 @@ class Search {
         negatives_(count_) {}
 
   std::tuple<at::Tensor, at::Tensor> run() {
-    if (positive_ == "hard" && negative_ == "hard" && !call_.ids) {
-      hardest();
-    } else {
-      choose_positives();
-      if (negative_ == "hard") hardest();
-      else choose_semi_hard();
-    }
+    const bool at_once = positive_ == "hard" && negative_ == "hard" && !call_.ids;
+    if (!at_once) choose_positives();
+    if (negative_ == "hard") hardest(at_once);
+    else choose_semi_hard();
     const at::Tensor p = at::full({count_}, -1, at::kLong), n = at::full({count_}, -1, at::kLong);
     for (int64_t i = 0; i < count_; ++i) {
       if (positives_[i].index < 0 || negatives_[i].index < 0) continue;
@@ -172,42 +169,68 @@ class Search {
   }
 
  private:
-  // Calls f(first row, number of rows) for the memory piece by piece.
-  template <typename F>
-  void each_piece(int64_t total, F f) const {
-    const int64_t step = piece_rows(call_.x.size(1), call_.x.element_size());
-    Watch watch;
-    for (int64_t from = 0; from < total && watch.go_on(); from += step) f(from, std::min(step, total - from));
-  }
+  // The choices of a piece, of each anchor.
+  struct Found {
+    std::vector<Choice> positives, negatives;
+  };
 
-  // f(anchor, what was measured) for every index that is there; number(index) says which reference it is of all.
-  template <typename N, typename F>
-  void each_chosen(const at::Tensor& chosen, const at::Tensor& references, N number, F f) const {
-    const at::Tensor rows = as_rows(references);
-    const Rows<T> row = rows_of<T>(rows);
-    for (int64_t i = 0; i < count_; ++i) {
-      const int64_t j = index_of(chosen)[i];
-      if (j >= 0) f(i, measuring_.measured(i, row.row(j), number(j)));
+  // merge(search(first row, number of rows)) for each piece of so many rows: searched in parallel, merged in order.
+  template <typename S, typename M>
+  void each_piece(int64_t total, S search, M merge) const {
+    const int64_t step = piece_rows(call_.x.size(1), call_.x.element_size()), pieces = (total + step - 1) / step;
+    std::vector<Found> found(std::min<int64_t>(pieces, 4 * at::get_num_threads()));
+    for (int64_t first = 0; first < pieces; first += int64_t(found.size())) {
+      const int64_t some = std::min(int64_t(found.size()), pieces - first);
+      Tasks tasks(some);
+      at::parallel_for(0, std::min<int64_t>(some, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t thread = begin; thread < end; ++thread)
+          for (int64_t i; tasks.take(i);) {
+            const int64_t from = (first + i) * step;
+            found[i] = search(from, std::min(step, total - from));
+          }
+      });
+      for (int64_t i = 0; i < some; ++i) merge(found[i]);
     }
   }
 
-  // The farthest positive (if none has been chosen by ids) and the nearest negative.
-  void hardest() {
-    const bool both = positive_ == "hard" && !call_.ids;
-    const auto merge = [&](const auto& found, const at::Tensor& references, int64_t before) {
+  // What was chosen among these references; number(index) says which each is of all.
+  template <typename N>
+  std::vector<Choice> measured(const at::Tensor& chosen, const at::Tensor& references, N number) const {
+    const at::Tensor rows = as_rows(references);
+    const Rows<T> row = rows_of<T>(rows);
+    std::vector<Choice> choices(count_);
+    for (int64_t i = 0; i < count_; ++i) {
+      const int64_t j = index_of(chosen)[i];
+      if (j >= 0) choices[i] = measuring_.measured(i, row.row(j), number(j));
+    }
+    return choices;
+  }
+
+  void merge(std::vector<Choice>& into, const std::vector<Choice>& choices, double sign) const {
+    for (int64_t i = 0; i < int64_t(choices.size()); ++i) into[i].merge(choices[i], sign, tie_);
+  }
+
+  // The nearest negative, and the farthest positive where that is asked for.
+  void hardest(bool positives) {
+    const auto search = [&](const at::Tensor& r, const at::Tensor& z, std::optional<int64_t> offset, int64_t before) {
+      const auto [p, n] = select_hardest_cpu(call_.x, call_.y, r, z, offset, call_.distance);
       const auto number = [&](int64_t j) { return before + j; };
-      if (both)
-        each_chosen(std::get<0>(found), references, number,
-                    [&](int64_t i, const Choice& choice) { positives_[i].merge(choice, -1, tie_); });
-      each_chosen(std::get<1>(found), references, number,
-                  [&](int64_t i, const Choice& choice) { negatives_[i].merge(choice, 1, tie_); });
+      Found found{{}, measured(n, r, number)};
+      if (positives) found.positives = measured(p, r, number);
+      return found;
     };
-    merge(select_hardest_cpu(call_.x, call_.y, call_.r, call_.z, call_.offset, call_.distance), call_.r, 0);
-    each_piece(call_.memory.size(0), [&](int64_t from, int64_t rows) {
-      const at::Tensor piece = call_.memory.narrow(0, from, rows);
-      const at::Tensor labels = call_.memory_labels.narrow(0, from, rows);
-      merge(select_hardest_cpu(call_.x, call_.y, piece, labels, std::nullopt, call_.distance), piece, first_ + from);
-    });
+    const auto take = [&](const Found& found) {
+      merge(positives_, found.positives, -1);
+      merge(negatives_, found.negatives, 1);
+    };
+    take(search(call_.r, call_.z, call_.offset, 0));
+    each_piece(
+        call_.memory.size(0),
+        [&](int64_t from, int64_t rows) {
+          return search(call_.memory.narrow(0, from, rows), call_.memory_labels.narrow(0, from, rows), std::nullopt,
+                        first_ + from);
+        },
+        take);
   }
 
   // Among the references and those rows of the memory that have a label of the batch.
@@ -239,11 +262,11 @@ class Search {
       const auto found =
           select_pair_restricted(call_.x, call_.y, r, z, call_.offset, restriction, call_.distance, positive_, "hard");
       const auto number = [&](int64_t j) { return j < first_ ? j : first_ + rows[from + j - first_]; };
-      each_chosen(std::get<0>(found), r, number,
-                  [&](int64_t i, const Choice& choice) { positives_[i].merge(choice, sign, tie_); });
+      return Found{measured(std::get<0>(found), r, number), {}};
     };
-    if (rows.empty()) choose(0, 0);
-    each_piece(int64_t(rows.size()), choose);
+    const auto take = [&](const Found& found) { merge(positives_, found.positives, sign); };
+    if (rows.empty()) take(choose(0, 0));
+    each_piece(int64_t(rows.size()), choose, take);
   }
 
   void choose_semi_hard() {
@@ -272,14 +295,17 @@ class Search {
         const int64_t behind = j - first_ - rows.size(0);
         return j < first_ ? j : behind < 0 ? first_ + place[j - first_] : first_ + from + behind;
       };
-      each_chosen(std::get<1>(found), r, number, [&](int64_t i, const Choice& choice) {
-        const Choice& p = positives_[i];
+      return Found{{}, measured(std::get<1>(found), r, number)};
+    };
+    const auto take = [&](const Found& found) {
+      for (int64_t i = 0; i < count_; ++i) {
+        const Choice &p = positives_[i], &choice = found.negatives[i];
         if (p.finite && choice.finite && choice.distance > p.distance + tie_) beyond[i].merge(choice, 1, tie_);
         else farthest[i].merge(choice, -1, tie_);
-      });
+      }
     };
-    if (call_.memory.size(0) == 0) choose(0, 0);
-    each_piece(call_.memory.size(0), choose);
+    if (call_.memory.size(0) == 0) take(choose(0, 0));
+    each_piece(call_.memory.size(0), choose, take);
     for (int64_t i = 0; i < count_; ++i) {
       const bool first_not_finite = farthest[i].index >= 0 && !farthest[i].finite;
       negatives_[i] = beyond[i].index >= 0 && !first_not_finite ? beyond[i] : farthest[i];

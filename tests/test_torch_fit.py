@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import shutil
+import warnings
 
 import numpy as np
 import oracle
@@ -15,7 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from triplet_ext import TripletLoss, TripletMarginLoss, Triplets, _ops, functional, reference
+from triplet_ext import TripletLoss, TripletMarginLoss, Triplets, _ops, functional, hard_triplet_mining, reference
 
 MEASURE = (0.5, "euclidean", True, True, "mean")
 
@@ -146,6 +147,28 @@ def test_export(rng, device, backend):
         x, y = rows(rng, count, 8, torch.float32, device=device), classes(rng, count, device=device)
         torch.testing.assert_close(program.module()(x, y), model(x, y))
     assert _ops.indexed_triplet_loss in [node.target for node in program.graph.nodes]
+
+
+def test_a_loss_that_was_not_called_yet():
+    """Its statistics are an attribute that is not there: what walks over attributes does not fail."""
+    loss = TripletLoss()
+    assert not hasattr(loss, "stats")
+    with pytest.raises(RuntimeError, match="stats describe the last call, and this loss has not been called yet"):
+        loss.stats  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        loss.nonsense  # noqa: B018
+    x, y = torch.randn(6, 3), torch.arange(6) // 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(TripletLoss(), (x, y))
+    assert traced(x, y) == TripletLoss()(x, y)
+
+
+@pytest.mark.parametrize("k", [3, 10**4])
+def test_hard_triplets_while_compiling(k):
+    x, y = torch.randn(30, 3), torch.arange(30) // 3
+    compiled = torch.compile(lambda x: hard_triplet_mining(2 * x, y, 1.0, k) + 1, backend="aot_eager")
+    assert torch.equal(compiled(x), hard_triplet_mining(2 * x, y, 1.0, k) + 1)
 
 
 # --- the operators --------------------------------------------------------------------------------------------

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .mining import AnyGroup
 
 
+class _NoStats(RuntimeError, AttributeError):
+    """hasattr() and what walks over a module's attributes, as torch.jit.trace does, take an AttributeError for no."""
+
+
 class TripletLoss(torch.nn.Module):
     """The triplet loss, over given triplets or with online mining.
 
@@ -97,8 +101,13 @@ class TripletLoss(torch.nn.Module):
         """:class:`~triplet_ext.functional.TripletStats` of the last call of this object. RuntimeError before the first:
         a copy or a pickle has the options and no statistics, which are on the device of that call."""
         if self._stats is None:
-            raise RuntimeError("stats describe the last call, and this loss has not been called yet")
+            raise _NoStats("stats describe the last call, and this loss has not been called yet")
         return functional.stats_of(self._stats)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "stats":  # the property has raised an AttributeError: that error, with its text
+            return type(self).stats.fget(self)  # type: ignore[attr-defined]
+        return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stats": None, "_group": None}

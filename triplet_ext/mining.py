@@ -187,7 +187,12 @@ def hard_triplet_mining(embeddings: Any, labels: Any, margin: float = 1.0, k: in
     k = _checks.count("k", k)
     x, y = _checks.batch_or_arrays(embeddings, labels)
     with torch.no_grad():
-        index = _hardest.hardest_triplets(x.detach(), y, margin, k)
+        if torch.compiler.is_compiling():  # it looks at values again and again
+            from . import _uncompiled
+
+            index = _uncompiled.hardest_triplets(x.detach(), y, margin, k)
+        else:
+            index = _hardest.hardest_triplets(x.detach(), y, margin, k)
     if isinstance(embeddings, Tensor):
         return embeddings[index.to(embeddings.device)]
     return embeddings[index.numpy()]

@@ -8,7 +8,7 @@ Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification, 2017)
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from torch import Tensor
 from . import _checks
 from ._autograd import ExplicitTripletLoss, IndexedTripletLoss, MinedTripletLoss
 from .mining import AnyTriplets, Mining, select, strategy
+
+if TYPE_CHECKING:
+    from ._distributed import Group
+    from .mining import AnyGroup
 
 __all__ = ["TripletStats", "indexed_triplet_loss", "mined_triplet_loss", "triplet_loss"]
 
@@ -41,19 +45,15 @@ class TripletStats(NamedTuple):
 
 def stats_of(packed: Tensor) -> TripletStats:
     """The operators' five numbers, by name."""
-    if not (transforming() or torch.compiler.is_compiling()):
+    if not (_checks.transforming() or torch.compiler.is_compiling()):
         packed = torch.func.debug_unwrap(packed)  # of a call in a transform that is over
     counts = packed[..., :3].to(torch.int64)
     return TripletStats(*counts.unbind(-1), *packed[..., 3:].unbind(-1))
 
 
-# Whether a transform of torch.func is running; torch.autograd.Function asks the same way.
-transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-
-
 def _apply(function: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     """function.apply: the loss and the packed statistics."""
-    if transforming():
+    if _checks.transforming():
         from . import _transforms
 
         return _transforms.apply(function, *arguments)
@@ -100,6 +100,17 @@ def mined_with_stats(batch, rules: Mining, options) -> tuple[Tensor, Tensor]:
         IndexedTripletLoss,
         *(embeddings, references, None, positive, negative, margin, distance, swap, soft_margin, reduction),
     )
+
+
+def mined_of_group(group: Group, check: Callable[[], tuple], embeddings: object) -> tuple[Tensor, Tensor]:
+    """mined_with_stats of what check() returns, with the batch of all processes of a group."""
+    from . import _distributed
+
+    batch, rules, options = _distributed.checked(group, check, embeddings)
+    *measure, reduction = options
+    batch = _distributed.gather(batch, rules, options, group)
+    loss, stats = mined_with_stats(batch, rules, (*measure, _distributed.own_reduction(reduction)))
+    return _distributed.group_loss(loss, stats, reduction, group)
 
 
 def indexed_with_stats(inputs, options) -> tuple[Tensor, Tensor]:
@@ -157,6 +168,8 @@ def mined_triplet_loss(
     ref_embeddings: Optional[Tensor] = None,
     ref_labels: Optional[Tensor] = None,
     ref_offset: Optional[int] = None,
+    process_group: Optional[AnyGroup] = None,
+    equal_batches: bool = False,
 ) -> Tensor:
     """The triplet loss of the triplets that a strategy mines from a batch, in linear memory.
 
@@ -176,6 +189,8 @@ def mined_triplet_loss(
         ref_labels: [R], required with ``ref_embeddings``.
         ref_offset: anchor i is reference ``ref_offset + i`` and not its own positive. Default: the references
             are other items than the anchors, and nobody is left out.
+        process_group, equal_batches: take the batches of all processes of a group for one batch, see
+            :class:`triplet_ext.TripletLoss`.
 
     Returns:
         The loss, 0-d or [B], float32 (float64 for float64). 0, with zero gradients, where there is no triplet.
@@ -183,12 +198,21 @@ def mined_triplet_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
+        RuntimeError: in a process group, where the arguments of another process were refused.
     """
-    rules = strategy(mining)
-    options = _checks.options(margin, distance, soft_margin, swap, reduction)
-    check_swap(swap, rules)
-    batch = _checks.batch(embeddings, labels, ref_embeddings, ref_labels, ref_offset)
-    return mined_with_stats(batch, rules, options)[0]
+
+    def check():
+        rules = strategy(mining)
+        options = _checks.options(margin, distance, soft_margin, swap, reduction)
+        check_swap(swap, rules)
+        return _checks.batch(embeddings, labels, ref_embeddings, ref_labels, ref_offset), rules, options
+
+    if process_group is None:
+        return mined_with_stats(*check())[0]
+    from . import _distributed
+
+    group = _distributed.group_of(process_group, equal_batches)
+    return mined_of_group(group, check, embeddings)[0]
 
 
 def indexed_triplet_loss(

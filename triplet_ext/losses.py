@@ -12,6 +12,10 @@ from .functional import TripletStats
 from .mining import AnyTriplets, Mining, strategy
 from .reference import P_NORM
 
+if TYPE_CHECKING:
+    from ._distributed import Group
+    from .mining import AnyGroup
+
 
 class TripletLoss(torch.nn.Module):
     """The triplet loss, over given triplets or with online mining.
@@ -33,6 +37,17 @@ class TripletLoss(torch.nn.Module):
         soft_margin: log(1 + exp(t)) in place of max(0, t), where t = d(a, p) - d(a, n) + m.
         swap: d(a, n) is replaced by d(p, n) where that is smaller.
         reduction: ``"mean"``, ``"mean_active"``, ``"sum"`` or ``"none"``.
+        process_group: a ``torch.distributed.ProcessGroup`` or a one-dimensional ``DeviceMesh``. The mined form then
+            takes the batches of all its processes, in rank order, for one batch; the other forms are not for it.
+            Each process returns the loss of the whole batch, the same bits everywhere (``"none"``: the losses of its
+            own anchors), has its statistics, and gets as many times the gradient as the group has processes: averaged
+            over the processes, as DistributedDataParallel and FSDP do, that is the gradient of one process with the
+            whole batch. Batches may differ in size or be empty. A copy or a pickle has no group. Default: this
+            process alone, and that is what ``torch.distributed.group.WORLD``, too, means before
+            ``init_process_group``: it is None.
+        equal_batches: the promise that all processes of the group have as many rows, and the same options: nothing is
+            checked across processes then and the host does not wait, which ``torch.compile(fullgraph=True)`` and
+            CUDA graphs need.
 
     The three forms are :func:`triplet_ext.functional.triplet_loss`,
     :func:`~triplet_ext.functional.mined_triplet_loss` and
@@ -48,6 +63,8 @@ class TripletLoss(torch.nn.Module):
         soft_margin: bool = False,
         swap: bool = False,
         reduction: str = "mean",
+        process_group: Optional[AnyGroup] = None,
+        equal_batches: bool = False,
     ) -> None:
         super().__init__()
         self.margin = _checks.margin(margin)
@@ -58,11 +75,20 @@ class TripletLoss(torch.nn.Module):
         self.swap = _checks.flag("swap", swap)
         functional.check_swap(self.swap, rules)
         self.reduction = _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        self._group: Optional[Group] = None
+        if process_group is not None:
+            from . import _distributed
+
+            self._group = _distributed.group_of(process_group, equal_batches)
         self._stats: Optional[Tensor] = None
 
     def extra_repr(self) -> str:
         names = ("margin", "distance", "mining", "soft_margin", "swap", "reduction")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        options = [f"{name}={getattr(self, name)!r}" for name in names]
+        if self._group is not None:
+            options.append(f"process_group={self._group.size} ranks")
+            options.append(f"equal_batches={self._group.equal_batches}")
+        return ", ".join(options)
 
     @property
     def stats(self) -> TripletStats:
@@ -73,7 +99,7 @@ class TripletLoss(torch.nn.Module):
         return functional.stats_of(self._stats)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stats": None}
+        return {**self.__dict__, "_stats": None, "_group": None}
 
     def __prepare_scriptable__(self) -> None:
         _refuse_to_be_scripted(self)
@@ -117,27 +143,40 @@ class TripletLoss(torch.nn.Module):
             form = "loss(anchor, positive, negative)"
             first = _either("anchor", anchor, "embeddings", embeddings, form)
             second = _either("positive", positive, "labels", labels, form)
-            _absent(form, triplets=triplets, **references)
+            _absent(form, triplets=triplets, **references, process_group=self._group)
             if first is None or second is None or negative is None:
                 raise TypeError(f"{form} takes three tensors, got {_count(first, second, negative)}")
             rows = _checks.explicit(first, second, negative)
             loss, stats = functional.explicit_with_stats(*rows, options, 2.0, 0.0)
         elif triplets is not None:
-            _absent("loss(embeddings, triplets=...)", labels=labels, ref_labels=ref_labels, ref_offset=ref_offset)
+            form = "loss(embeddings, triplets=...)"
+            _absent(form, labels=labels, ref_labels=ref_labels, ref_offset=ref_offset, process_group=self._group)
             inputs = _checks.indexed(embeddings, triplets, ref_embeddings)
             loss, stats = functional.indexed_with_stats(inputs, options)
         else:
-            if embeddings is None or labels is None:
-                raise TypeError(
-                    "loss takes (anchor, positive, negative), (embeddings, labels) or (embeddings, triplets=...),"
-                    f" got {_count(embeddings, labels)} of (embeddings, labels)"
-                )
-            batch = _checks.batch(embeddings, labels, *references.values())
-            loss, stats = functional.mined_with_stats(batch, strategy(self.mining), options)
+            loss, stats = self._mined(embeddings, labels, references, options)
         # An exported program keeps no state. torch 2.11 claims to export in every compilation, hence the second half.
         if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
             self._stats = stats
         return loss
+
+    def _mined(self, embeddings, labels, references, options):
+        if self._group is None:
+            return functional.mined_with_stats(_batch(embeddings, labels, references), strategy(self.mining), options)
+
+        def check():
+            return _batch(embeddings, labels, references), strategy(self.mining), options
+
+        return functional.mined_of_group(self._group, check, embeddings)
+
+
+def _batch(embeddings, labels, references):
+    if embeddings is None or labels is None:
+        raise TypeError(
+            "loss takes (anchor, positive, negative), (embeddings, labels) or (embeddings, triplets=...),"
+            f" got {_count(embeddings, labels)} of (embeddings, labels)"
+        )
+    return _checks.batch(embeddings, labels, *references.values())
 
 
 def _refuse_to_be_scripted(loss: torch.nn.Module) -> None:

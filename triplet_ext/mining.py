@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
 from . import _checks, _hardest, _ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    AnyGroup = Union[ProcessGroup, DeviceMesh]
 
 
 class Triplets(NamedTuple):
@@ -78,6 +84,8 @@ def mine(
     ref_embeddings: Optional[Tensor] = None,
     ref_labels: Optional[Tensor] = None,
     ref_offset: Optional[int] = None,
+    process_group: Optional[AnyGroup] = None,
+    equal_batches: bool = False,
 ) -> Triplets:
     """The triplets that a strategy takes from a batch, in ascending order of the anchor.
 
@@ -97,6 +105,9 @@ def mine(
         ref_labels: [R], required with ``ref_embeddings``.
         ref_offset: anchor i is reference ``ref_offset + i`` and not its own positive; default: the references
             are other items than the anchors.
+        process_group, equal_batches: take the batches of all processes of a group for one batch, in rank order, see
+            :class:`triplet_ext.TripletLoss`. Anchors are rows of this process's embeddings, positives and negatives
+            positions in the batch of all.
 
     Returns:
         :class:`Triplets` of int64 tensors [T]. With one positive and one negative an anchor, T counts the anchors
@@ -105,12 +116,24 @@ def mine(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
-    rules = strategy(mining)
-    _checks.choice("distance", distance, _checks.DISTANCES)
-    batch = _checks.batch(embeddings, labels, ref_embeddings, ref_labels, ref_offset)
+
+    def check() -> Any:
+        rules = strategy(mining)
+        options = _checks.options(0.0, distance, False, False, "none")
+        return _checks.batch(embeddings, labels, ref_embeddings, ref_labels, ref_offset), rules, options
+
     with torch.no_grad():
+        if process_group is None:
+            batch, rules, _ = check()
+        else:
+            from . import _distributed
+
+            group = _distributed.group_of(process_group, equal_batches)
+            batch, rules, options = _distributed.checked(group, check, embeddings)
+            batch = _distributed.gather(batch, rules, options, group)
         if "all" in (rules.positive, rules.negative):
-            return Triplets(*_ops.enumerate_triplets(*batch, distance, rules.positive, rules.negative))
+            a, p, n = _ops.enumerate_triplets(*batch, distance, rules.positive, rules.negative)
+            return Triplets(a, p, n)
         positive, negative = select(batch, distance, rules)
         anchor = ((positive >= 0) & (negative >= 0)).nonzero().squeeze(1)
         return Triplets(anchor, positive[anchor], negative[anchor])

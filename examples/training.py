@@ -71,13 +71,14 @@ def steps(
     total: int,
     *,
     learning_rate: float = 1e-3,
+    kind: type[torch.optim.Optimizer] = torch.optim.Adam,
 ) -> Iterator[Step]:
     """Trains in place, one step for each that is asked for, of a training of ``total`` steps.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    optimiser = kind(network.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
     network.train()
     for number, (seen, labels) in enumerate(batches, 1):

@@ -26,18 +26,20 @@ BESIDE = {
 }
 
 
-def between_markers(text: str) -> str:
+def between_markers(text: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """What is between the markers. ValueError unless each is there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file must contain {BEGIN} and, after it, {END}, once each")
-    return text.split(BEGIN)[1].split(END)[0]
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file must contain {begin} and, after it, {end}, once each")
+    return text.split(begin)[1].split(end)[0]
 
 
-def replace_between_markers(text: str, block: str) -> str:
+def replace_between_markers(text: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """``text`` with ``block`` between the markers, which stay. ValueError unless each is there once, in order."""
-    between_markers(text)
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
+    between_markers(text, marks)
+    begin, end = marks
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block.strip()}\n{end}{rest.split(end)[1]}"
 
 
 def _table(head: list[str], rows: list[list[str]], names: int = 1) -> str:

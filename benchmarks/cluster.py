@@ -196,15 +196,15 @@ def ring_table() -> str:
 def block() -> str:
     return "\n\n".join(
         [
-            "**Bytes** of a rank: received from the others in a step (and as many sent), and held for them; half type /"
-            " float32. Counted:",
+            "**Bytes** of a rank, half type / float32: received from the others in a step (and as many sent), counted;"
+            " and held\nfor them, a prediction:",
             bytes_table(),
-            "**Milliseconds** of a step, forward + backward, `equal_batches=True`, half type / float32. Predictions:",
+            "**Milliseconds** of a step, half type / float32, forward + backward, `equal_batches=True`. Predictions:",
             times_table(),
             "**B_local from which the selection takes longer** than the bytes of rows and gradients, half type /"
-            " float32, latencies left out. Predictions:",
+            " float32, latencies\nleft out. Predictions:",
             binding_table(),
-            "**Bytes held if blocks travelled around a ring**, whatever W is, half type / float32. Counted:",
+            "**Bytes held if blocks travelled around a ring**, half type / float32, whatever W is. Predictions:",
             ring_table(),
         ]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,10 @@ def _ask(side: Side, case: Case, budget: Budget | None) -> dict[str, Any]:
     request = {"side": side.name, "case": asdict(case), "threads": threads, "budget": budget and asdict(budget)}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(case.processes) as pool:
         texts = [json.dumps({**request, "rank": k, "store": f"{folder}/store"}) for k in range(case.processes)]
-        done = list(pool.map(lambda text: memory.child(["-m", "benchmarks.processes", text]), texts))
+        try:
+            done = list(pool.map(lambda text: memory.child(["-m", "benchmarks.processes", text]), texts))
+        except subprocess.TimeoutExpired as late:
+            return {"skipped": f"took more than {late.timeout:.0f} s"}
     failed = [process for process in done if process.returncode]
     if failed:
         raise Failed(f"{case.name}, {side.title}:\n" + "\n".join(process.stderr for process in failed))

@@ -513,3 +513,10 @@ def test_smoke(tmp_path, capsys, monkeypatch):
     saved.write_text(dumps(results | {"threads": 99}))
     with pytest.raises(SystemExit, match="--into: that run's threads must be this one's, .*, got 99"):
         main(["--quick", "--only", f"^{again}$", "--into", str(saved)])
+
+
+def test_processes_that_take_too_long_are_left_out(monkeypatch):
+    case = Case("global_batch_hard", 32, 16)
+    monkeypatch.setattr(memory, "_LIMIT", 0.01)
+    assert processes.peak(sides.OURS, case) == {"skipped": "took more than 0 s"}
+    assert processes.compare_side(case, sides.OTHERS[-2], timing.Budget(0.01, 1, 3))["skipped"] == "took more than 0 s"

@@ -8,6 +8,8 @@ from typing import Any
 STRATEGIES = ("semi_hard", "easy_positive", "batch_all")  # beside batch_hard
 MINED = ("batch_hard", *STRATEGIES)  # families that mine from (embeddings, labels); each is a preset's name
 EXPLICIT = ("explicit", "torch_nn")  # families over (anchor, positive, negative)
+GLOBAL = ("global_batch_hard", "global_batch_all")  # families that mine over the batches of several processes
+PROCESSES = 2  # of these
 PER_CLASS = 4
 
 
@@ -17,7 +19,8 @@ class Case:
 
     Families: ``batch_hard``, ``semi_hard``, ``easy_positive`` and ``batch_all`` are ``TripletLoss(mining=...)``;
     ``explicit`` is ``TripletLoss`` over given triplets; ``torch_nn`` is ``TripletMarginLoss``, the drop-in for
-    torch.nn's. ``per_class`` and ``converged`` say what mined data looks like: see :func:`benchmarks.data.inputs`.
+    torch.nn's; ``global_batch_hard`` and ``global_batch_all`` mine over PROCESSES processes, each of which has
+    ``batch`` rows. ``per_class`` and ``converged`` say what mined data looks like: see :func:`benchmarks.data.inputs`.
     """
 
     family: str
@@ -31,7 +34,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.family, f"{self.batch}x{self.width}"]
+        size = f"{self.batch}x{self.width}"
+        parts = [self.family, size if self.processes == 1 else f"{self.processes}x{size}"]
         if self.distance not in ("squared_euclidean", "p_norm"):
             parts.append(self.distance)
         if self.dtype != "float32":
@@ -43,13 +47,22 @@ class Case:
         return "-".join(parts)
 
     @property
+    def processes(self) -> int:
+        return PROCESSES if self.family in GLOBAL else 1
+
+    @property
+    def rows(self) -> int:
+        """Of all processes."""
+        return self.processes * self.batch
+
+    @property
     def classes(self) -> int:
-        return self.batch // self.per_class
+        return self.rows // self.per_class
 
     @property
     def triplets(self) -> int:
         """How many there are in a mined case's data."""
-        return self.batch * (self.per_class - 1) * (self.batch - self.per_class)
+        return self.rows * (self.per_class - 1) * (self.rows - self.per_class)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -66,6 +79,7 @@ def _strategies(*sizes: tuple[int, int]) -> list[Case]:
 # How a strategy's cost depends on the data: the most triplets that there can be, and a network that has learned.
 _TWO_CLASSES = Case("batch_all", 4096, 128, per_class=2048)
 _CONVERGED = Case("batch_all", 4096, 128, converged=True)
+_SPREAD = [Case(family, 2048, 128) for family in GLOBAL]
 
 FULL = [
     *_sizes("batch_hard", "squared_euclidean", *((b, 128) for b in (128, 512, 1024, 4096, 16384))),
@@ -79,6 +93,7 @@ FULL = [
     *_sizes("explicit", "squared_euclidean", (128, 128), (4096, 128), (65536, 128)),
     *_sizes("explicit", "euclidean", (4096, 128)),
     *_sizes("torch_nn", "p_norm", (128, 128), (4096, 128), (65536, 128)),
+    *_SPREAD,
 ]
 QUICK = [
     *_sizes("batch_hard", "squared_euclidean", (128, 128), (1024, 128)),
@@ -86,6 +101,7 @@ QUICK = [
     *_strategies((512, 128)),
     *_sizes("explicit", "squared_euclidean", (4096, 128)),
     *_sizes("torch_nn", "p_norm", (4096, 128)),
+    *(Case(family, 256, 128) for family in GLOBAL),
 ]
 
 # Memory is measured in a process for each side and case, and is a curve over B for the plot.
@@ -96,5 +112,6 @@ MEMORY_FULL = [
     _TWO_CLASSES,
     *_sizes("explicit", "squared_euclidean", (65536, 128)),
     *_sizes("torch_nn", "p_norm", (65536, 128)),
+    *_SPREAD,
 ]
-MEMORY_QUICK = _sizes("batch_hard", "squared_euclidean", (2048, 128))
+MEMORY_QUICK = [*_sizes("batch_hard", "squared_euclidean", (2048, 128)), Case("global_batch_hard", 1024, 128)]

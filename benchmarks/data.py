@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cases import MINED, Case
+from .cases import EXPLICIT, GLOBAL, MINED, Case
 
 _SETS_BYTES = 256 << 20
 
@@ -52,7 +52,8 @@ def inputs(case: Case, seed: int, *, device: str = "cpu", half_active: bool = Fa
     Mined cases have ``per_class`` rows a class in random order (nobody is alone: there peers differ) and, being
     pure noise, an active triplet for nearly every anchor: the dearest case for us, whose gradient skips the
     others. A ``converged`` case has its classes pulled together, and no active triplet. ``half_active`` pulls half
-    of the classes together, whatever the case, to see both branches of the hinge.
+    of the classes together, whatever the case, to see both branches of the hinge. In a case of several processes,
+    each gets its part of that by its rank.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, case.dtype)
@@ -60,15 +61,17 @@ def inputs(case: Case, seed: int, *, device: str = "cpu", half_active: bool = Fa
     def noise(rows: int) -> Tensor:
         return torch.randn(rows, case.width, generator=generator)
 
-    if case.family in MINED:
-        if case.batch % case.per_class:
+    if case.family in MINED + GLOBAL:
+        if case.rows % case.per_class:
             raise ValueError(f"{case.name}: the batch must be a multiple of per_class={case.per_class}")
-        x, labels = noise(case.batch), torch.arange(case.batch) // case.per_class
+        x, labels = noise(case.rows), torch.arange(case.rows) // case.per_class
         if half_active or case.converged:
             centre = noise(case.classes)[labels]
             pulled = labels % (2 if half_active else 1) == 0
             x = torch.where(pulled[:, None], centre + 0.3 * x, x)
-        order = torch.randperm(case.batch, generator=generator)
+        order = torch.randperm(case.rows, generator=generator)
+        if case.processes > 1:
+            order = order.split(case.batch)[torch.distributed.get_rank()]
         embeddings, rest = [x[order]], [labels[order]]
     else:  # d(a, p) and d(a, n) have one distribution: half of the triplets are active
         embeddings, rest = [noise(case.batch) for _ in range(3)], []
@@ -77,5 +80,5 @@ def inputs(case: Case, seed: int, *, device: str = "cpu", half_active: bool = Fa
 
 def rotation(case: Case, device: str = "cpu") -> list[Inputs]:
     """Between 2 and 8 sets, as many as fit a memory budget."""
-    one = 2 * case.batch * case.width * 4 * (1 if case.family in MINED else 3)
+    one = 2 * case.batch * case.width * 4 * (3 if case.family in EXPLICIT else 1)
     return [inputs(case, seed, device=device) for seed in range(1, 1 + max(2, min(8, _SETS_BYTES // one)))]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import agree, heap, imports, machine, memory
+from . import agree, heap, imports, machine, memory, processes
 from .cases import FULL, MEMORY_FULL, MEMORY_QUICK, QUICK, Case
 from .data import inputs, rotation
 from .quiet import Others, Patience
@@ -67,7 +67,7 @@ def _memory(cases: list[Case], missing: dict[str, str], say: Say) -> Iterable[di
         for side in (OURS, *sides_of(case)):
             if side.name in missing:
                 continue
-            found = memory.measure(side, case)
+            found = processes.peak(side, case) if case.processes > 1 else memory.measure(side, case)
             text = f"{found['bytes'] / 2**20:.1f} MB" if "bytes" in found else "skipped: " + found["skipped"]
             say(f"memory  {case.name:32} {side.title:28} {text}")
             yield {"case": case.to_json(), "side": side.name, "title": side.title, **found}
@@ -76,13 +76,18 @@ def _memory(cases: list[Case], missing: dict[str, str], say: Say) -> Iterable[di
 def _times(plan: Plan, missing: dict[str, str], say: Say) -> Iterable[dict[str, Any]]:
     patience = Patience(plan.patience)
     for case in plan.times:
-        sets = rotation(case)
+        sets = rotation(case) if case.processes == 1 else []
         for side in sides_of(case):
             if side.name in missing:
                 continue
             reason = memory.why_not(side, case)
             patience.wait()
-            found = {"skipped": reason} if reason else compare_side(case, side, sets, plan.budget, CpuClock())
+            if reason:
+                found = {"skipped": reason}
+            elif case.processes > 1:
+                found = processes.compare_side(case, side, plan.budget)
+            else:
+                found = compare_side(case, side, sets, plan.budget, CpuClock())
             say(f"time    {case.name:32} {side.title:28} {_line(found)}")
             yield {"case": case.to_json(), "side": side.name, "title": side.title, **found}
             gc.collect()

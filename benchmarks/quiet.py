@@ -24,15 +24,21 @@ def _busy_seconds() -> float:
         return float("nan")
 
 
+def _own_seconds() -> float:
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
+
+
 class Others:
-    """The share of our cores that other processes have used since the object was made."""
+    """The share of our cores that other processes have used since the object was made; our own are this one and the
+    children that have ended meanwhile."""
 
     def __init__(self) -> None:
-        self._wall, self._own, self._all = time.monotonic(), time.process_time(), _busy_seconds()
+        self._wall, self._own, self._all = time.monotonic(), _own_seconds(), _busy_seconds()
 
     def share(self) -> float | None:
         wall = time.monotonic() - self._wall
-        used = (_busy_seconds() - self._all) - (time.process_time() - self._own)
+        used = (_busy_seconds() - self._all) - (_own_seconds() - self._own)
         if used != used or not wall:
             return None
         return min(1.0, max(0.0, used / (wall * len(os.sched_getaffinity(0)))))

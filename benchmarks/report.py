@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .cases import EXPLICIT, MINED, PER_CLASS, STRATEGIES
+from .cases import EXPLICIT, GLOBAL, MINED, PER_CLASS, PROCESSES, STRATEGIES
 from .goals import judged
 from .quiet import BUSY
 from .records import Records
@@ -26,18 +26,20 @@ BESIDE = {
 }
 
 
-def between_markers(text: str) -> str:
+def between_markers(text: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """What is between the markers. ValueError unless each is there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file must contain {BEGIN} and, after it, {END}, once each")
-    return text.split(BEGIN)[1].split(END)[0]
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file must contain {begin} and, after it, {end}, once each")
+    return text.split(begin)[1].split(end)[0]
 
 
-def replace_between_markers(text: str, block: str) -> str:
+def replace_between_markers(text: str, block: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """``text`` with ``block`` between the markers, which stay. ValueError unless each is there once, in order."""
-    between_markers(text)
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
+    between_markers(text, marks)
+    begin, end = marks
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block.strip()}\n{end}{rest.split(end)[1]}"
 
 
 def _table(head: list[str], rows: list[list[str]], names: int = 1) -> str:
@@ -65,6 +67,8 @@ def _faster(records: Records, case: str, side: str, name: str = "both") -> str:
 
 def _size(case: dict[str, Any]) -> str:
     parts = [f"{case['batch']} × {case['width']}"]
+    if case["family"] in GLOBAL:
+        return f"{PROCESSES} × {parts[0]}"
     if case["distance"] not in ("squared_euclidean", "p_norm"):
         parts.append(case["distance"])
     if case["family"] in MINED and case["per_class"] != PER_CLASS:
@@ -108,6 +112,21 @@ def _mined(records: Records, *families: str) -> str:
     return _table(head + [f"faster than {title}" for title in peers.values()], rows) if rows else ""
 
 
+def _global(records: Records) -> str:
+    cases = records.cases(*GLOBAL)
+    peers = records.titles(*(case["name"] for case in cases))
+    rows = [
+        [
+            f"{case['family'].removeprefix('global_')}, {_size(case)}",
+            *(_spread(records.side_ms(case["name"], "ours", p)) for p in ("forward", "backward", "both")),
+            *(_faster(records, case["name"], peer) for peer in peers),
+        ]
+        for case in cases
+    ]
+    head = ["mining, processes × B × D", "forward, ms", "backward, ms", "both, ms"]
+    return _table(head + [f"faster than {title}" for title in peers.values()], rows) if rows else ""
+
+
 def _explicit(records: Records) -> str:
     rows = []
     for case in records.cases(*EXPLICIT):
@@ -126,8 +145,8 @@ def _explicit(records: Records) -> str:
     return _table(["T × D", "both, ms", "faster than", "forward", "backward", "both"], rows) if rows else ""
 
 
-def _memory(records: Records, mined: bool) -> str:
-    cases = [case for case in records.memory_cases() if (case["family"] in MINED) == mined]
+def _memory(records: Records, families: tuple[str, ...]) -> str:
+    cases = [case for case in records.memory_cases() if case["family"] in families]
     sides = {"ours": "triplet_ext", **records.titles(*(case["name"] for case in cases))}
     rows = [
         [f"{case['family']}, {_size(case)}", *(_megabytes(records, case["name"], side) for side in sides)]
@@ -210,9 +229,13 @@ def block(results: dict[str, Any], plot: str = "") -> str:
         ),
         *_section("**Given triplets:**", _explicit(records)),
         *_section(
+            f"**Batches of {PROCESSES} processes as one** (gloo, the threads shared out among them), {PER_CLASS} rows a"
+            " class of the whole batch; times of one of the processes, memory of the one that takes most:",
+            _global(records),
+        ),
+        *_section(
             "**Extra peak memory, MB of 2²⁰ bytes** (gradients included, inputs not):",
-            _memory(records, True),
-            _memory(records, False),
+            *(_memory(records, families) for families in (MINED, EXPLICIT, GLOBAL)),
         ),
     ]
     if (ms := records.import_ms()) is not None:

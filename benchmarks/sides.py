@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import EXPLICIT, MINED, Case
+from .cases import EXPLICIT, GLOBAL, MINED, Case
 
 Loss = Callable[..., Tensor]
 PASSES = ("forward", "backward", "both")
@@ -26,8 +26,8 @@ class Side:
         build: the callable for a case; imports what it needs.
         passes: what can be timed; a side without a backward is a yardstick, not a loss.
         requires: the module that has to be importable.
-        matrices, per_triplet: its peak in B x B float32 matrices and in bytes a triplet, roughly: sides that can't
-            fit are skipped, not tried.
+        matrices, per_triplet: its peak in B x B float32 matrices and in bytes a triplet, roughly, of each process:
+            sides that can't fit are skipped, not tried.
         reduction: that of ours which is its own.
         compared_in: the type in which it is checked against ours; empty: that of the case. Where the nearest of many
             negatives beyond d_ap is chosen, rounding to float32 makes either side choose now and then the next but one.
@@ -51,7 +51,7 @@ class Side:
         return case.family in self.families and (not self.distances or case.distance in self.distances)
 
     def bytes_needed(self, case: Case) -> float:
-        return self.matrices * 4.0 * case.batch**2 + self.per_triplet * case.triplets
+        return case.processes * (self.matrices * 4.0 * case.rows**2 + self.per_triplet * case.triplets)
 
     def ours(self, case: Case) -> Loss:
         """Ours as it stands beside this side."""
@@ -72,8 +72,10 @@ def _ours(case: Case, reduction: str = "mean") -> Loss:
 
     if case.family == "torch_nn":
         return triplet_ext.TripletMarginLoss(case.margin)
-    mining = case.family if case.family in MINED else "batch_hard"
-    return triplet_ext.TripletLoss(case.margin, distance=case.distance, mining=mining, reduction=reduction)
+    mining = "batch_hard" if case.family in EXPLICIT else case.family.removeprefix("global_")
+    group = torch.distributed.group.WORLD if case.family in GLOBAL else None
+    options = {"distance": case.distance, "mining": mining, "reduction": reduction}
+    return triplet_ext.TripletLoss(case.margin, **options, process_group=group)
 
 
 def _mm(case: Case) -> Loss:
@@ -97,6 +99,30 @@ def _eager(case: Case, expanded: bool) -> Loss:
         positive = matrix.masked_fill(~same | itself, -torch.inf).max(1).values
         negative = matrix.masked_fill(same, torch.inf).min(1).values
         return torch.relu(positive - negative + case.margin).mean()
+
+    return loss
+
+
+def _gathered_eager(case: Case) -> Loss:
+    """Batch-hard over all processes, as open_clip's ``gather_with_grad`` and ``local_loss`` do with a contrastive loss:
+    the rows of all are gathered with a gradient, and each process measures its own anchors against them."""
+    import torch.distributed as dist
+    from torch.distributed.nn.functional import all_gather
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        rows = torch.cat(all_gather(x))
+        names = [torch.empty_like(labels) for _ in range(case.processes)]
+        dist.all_gather(names, labels)
+        matrix = (x.pow(2).sum(1)[:, None] - 2 * (x @ rows.T) + rows.pow(2).sum(1)).clamp(min=0)
+        same = labels[:, None] == torch.cat(names)
+        itself = torch.zeros_like(same)
+        itself.diagonal(dist.get_rank() * len(x)).fill_(True)
+        positive = matrix.masked_fill(~same | itself, -torch.inf).max(1).values
+        negative = matrix.masked_fill(same, torch.inf).min(1).values
+        own = torch.relu(positive - negative + case.margin).mean()
+        mean = own.detach().clone()  # the value of the whole batch, as ours returns it
+        dist.all_reduce(mean)
+        return own + (mean / case.processes - own.detach())
 
     return loss
 
@@ -139,6 +165,26 @@ def _pytorch_metric_learning(case: Case) -> Loss:
     return lambda x, labels: loss(x, labels, miner(x, labels))
 
 
+def _distributed_pytorch_metric_learning(case: Case) -> Loss:
+    from pytorch_metric_learning import distances, losses, miners, reducers
+    from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
+
+    distance = distances.LpDistance(normalize_embeddings=False, power=2)
+    # efficient=True drops the gradient of the references.
+    loss = DistributedLossWrapper(
+        losses.TripletMarginLoss(case.margin, distance=distance, reducer=reducers.MeanReducer()), efficient=False
+    )
+    miner = None
+    if case.family == "global_batch_hard":
+        miner = DistributedMinerWrapper(miners.BatchHardMiner(distance=distance), efficient=False)
+
+    def value(x: Tensor, labels: Tensor) -> Tensor:
+        times = loss(x, labels, miner and miner(x, labels))
+        return times - times.detach() * (1 - 1 / case.processes)  # the value without the factor, the gradient with it
+
+    return value
+
+
 def sentence_transformers_losses() -> Any:
     try:
         return importlib.import_module("sentence_transformers.sentence_transformer.losses")
@@ -159,7 +205,7 @@ def _sentence_transformers(case: Case) -> Loss:
     return lambda x, labels: loss(labels, x)
 
 
-OURS = Side("ours", "triplet_ext", MINED + EXPLICIT, _ours)
+OURS = Side("ours", "triplet_ext", MINED + EXPLICIT + GLOBAL, _ours)
 OTHERS = [
     Side(
         "mm",
@@ -259,6 +305,37 @@ OTHERS = [
         remark="adds eps = 1e-6 to each component, which TripletLoss does not: equal within the tolerance",
     ),
     Side("textbook", "textbook module", ("explicit",), _textbook),
+    Side(
+        "gathered_eager",
+        "gather with gradient, eager PyTorch (mm)",
+        ("global_batch_hard",),
+        _gathered_eager,
+        distances=("squared_euclidean",),
+        matrices=4,
+        remark="global_batch_hard: as open_clip gathers, with gather_with_grad and local_loss; ours beside it exchanges"
+        " the numbers of rows, too",
+    ),
+    Side(
+        "distributed_pytorch_metric_learning",
+        "pytorch-metric-learning, DistributedLossWrapper",
+        ("global_batch_hard",),
+        _distributed_pytorch_metric_learning,
+        requires="pytorch_metric_learning",
+        distances=("squared_euclidean",),
+        matrices=10,
+        remark="global_batch_hard: DistributedLossWrapper and DistributedMinerWrapper with efficient=False, in which"
+        " every process computes the whole loss; efficient=True drops the gradient of the references",
+    ),
+    Side(
+        "distributed_pytorch_metric_learning",
+        "pytorch-metric-learning, DistributedLossWrapper",
+        ("global_batch_all",),
+        _distributed_pytorch_metric_learning,
+        requires="pytorch_metric_learning",
+        distances=("squared_euclidean",),
+        per_triplet=50,
+        remark="global_batch_all: the same without a miner; it lists the triplets",
+    ),
 ]
 
 

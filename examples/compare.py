@@ -20,7 +20,7 @@ import images as data
 import torch
 from command import Progress, prepare, table, whole
 from model import Embedder
-from training import active, measure, repeatable, steps
+from training import active, batches, measure, repeatable, steps
 
 import triplet_ext
 from triplet_ext.data import PKBatchSampler
@@ -90,7 +90,8 @@ def trainings(options, images, split, untrained):
         shares, seconds = [], []
         began = time.perf_counter()
         try:
-            for step in steps(network, loss, images, split.train, sampler, epochs=options.epochs):
+            seen = batches(images, split.train, sampler, epochs=options.epochs)
+            for step in steps(network, loss, seen, total):
                 seconds.append(time.perf_counter() - began)
                 shares.append(active(loss))
                 text = f"{name}  loss {step.loss:.3f}  active {shares[-1]:4.0%}"

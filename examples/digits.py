@@ -20,7 +20,7 @@ from command import Progress, device, positive, prepare, share, table, whole
 from model import Embedder
 from retrieval import project
 from torch import Tensor
-from training import active, embed, measure, repeatable, steps
+from training import batches, embed, measure, record, repeatable, steps
 
 import triplet_ext
 from triplet_ext.data import PKBatchSampler
@@ -98,23 +98,9 @@ def train(options, images, split, network, curves):
 
     example = torch.empty(options.classes * options.samples, options.dimensions, device=options.device)
     print(triplet_ext.explain(example) + "\n", flush=True)
-    progress = Progress(total)
-    how = dict(epochs=options.epochs, learning_rate=options.learning_rate, turn=options.turn)
-    for step in steps(network, loss, images, split.train, sampler, **how):
-        curves.loss.append(step.loss)
-        curves.active.append(active(loss))
-        curves.positive.append(float(loss.stats.positive_distance))
-        curves.negative.append(float(loss.stats.negative_distance))
-        if step.number in evaluated:
-            scores = measure(network, images, split)
-            curves.at.append(step.number)
-            curves.seen.append(scores["seen"])
-            curves.unseen.append(scores["unseen"])
-        progress.show(
-            step.number,
-            f"loss {step.loss:.3f}  active {curves.active[-1]:4.0%}"
-            f"  d_ap {curves.positive[-1]:.2f}  d_an {curves.negative[-1]:.2f}",
-        )
+    seen = batches(images, split.train, sampler, epochs=options.epochs, turn=options.turn)
+    training = steps(network, loss, seen, total, learning_rate=options.learning_rate)
+    step = record(training, loss, curves, lambda: measure(network, images, split), evaluated, Progress(total))
     return step.images.cpu(), step.labels.cpu(), step.embeddings.cpu()
 
 

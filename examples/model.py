@@ -14,7 +14,7 @@ class Spread(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         # As [1, D, B]: torch sums over B in pieces that depend on the number of threads, but not over the last.
-        return super().forward(x.T.contiguous().unsqueeze(0)).squeeze(0).T
+        return super().forward(x.T.contiguous().unsqueeze(0)).squeeze(0).T.contiguous()
 
 
 class Embedder(nn.Sequential):

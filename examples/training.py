@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from images import Images, Split
@@ -14,6 +14,12 @@ from torch import Tensor
 
 import triplet_ext
 from triplet_ext.data import PKBatchSampler
+
+if TYPE_CHECKING:
+    from command import Progress
+    from figures import Curves
+
+Scores = dict[str, tuple[float, float]]  # recall@1 and MAP@R, by part of the test
 
 
 class Step(NamedTuple):
@@ -38,49 +44,83 @@ def repeatable(seed: int, threads: int, *, small: bool) -> None:
     torch.manual_seed(seed)
 
 
-def steps(
-    network: torch.nn.Module,
-    loss: triplet_ext.TripletLoss,
-    images: Images,
-    train: Tensor,
-    sampler: PKBatchSampler,
-    *,
-    epochs: int,
-    learning_rate: float = 1e-3,
-    turn: bool = True,
-) -> Iterator[Step]:
-    """Trains in place, where the pixels are, one step for each that is asked for; batches and distortions follow the
-    seed of the sampler.
+def batches(
+    images: Images, train: Tensor, sampler: PKBatchSampler, *, epochs: int, turn: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Distorted images and their labels, where the pixels are; both follow the sampler's seed and rank.
 
     Args:
         train: sample numbers, whose labels the sampler has.
         turn: give all images of a class in a batch one of the eight orientations of a square.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
     """
     pixels, labels = images.pixels, images.labels.to(images.pixels.device)
-    optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * len(sampler))
-    generator = torch.Generator().manual_seed(sampler.seed)
-    network.train()
-    for number, rows in enumerate((rows for _ in range(epochs) for rows in sampler), 1):
+    generator = torch.Generator().manual_seed(sampler.seed + (sampler.rank << 32))
+    for rows in (rows for _ in range(epochs) for rows in sampler):
         batch = train[rows].to(pixels.device)
         quarters = None
         if turn:
             quarters = torch.randint(8, (sampler.classes_per_batch,), generator=generator)
             quarters = quarters.repeat_interleave(sampler.samples_per_class)
-        seen = augment(pixels[batch], generator, quarters)
+        yield augment(pixels[batch], generator, quarters), labels[batch]
+
+
+def steps(
+    network: torch.nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    total: int,
+    *,
+    learning_rate: float = 1e-3,
+    kind: type[torch.optim.Optimizer] = torch.optim.Adam,
+) -> Iterator[Step]:
+    """Trains in place, one step for each that is asked for, of a training of ``total`` steps.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    optimiser = kind(network.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
+    network.train()
+    for number, (seen, labels) in enumerate(batches, 1):
         embeddings = network(seen)
-        value = loss(embeddings, labels[batch])
+        value = loss(embeddings, labels)
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
         schedule.step()
-        step = Step(number, seen, labels[batch], embeddings.detach(), float(value.detach()))
+        step = Step(number, seen, labels, embeddings.detach(), float(value.detach()))
         if not math.isfinite(step.loss):
             raise FloatingPointError(f"the loss of step {number} is {step.loss}")
         yield step
+
+
+def record(
+    training: Iterable[Step],
+    loss: triplet_ext.TripletLoss,
+    curves: Curves,
+    score: Callable[[], Scores],
+    evaluated: set[int],
+    progress: Progress | None,
+) -> Step:
+    """Runs a training to its end and returns its last step. What each step measured goes to ``curves``, and the scores
+    after the steps ``evaluated``; ``progress`` shows it."""
+    for step in training:
+        curves.loss.append(step.loss)
+        curves.active.append(active(loss))
+        curves.positive.append(float(loss.stats.positive_distance))
+        curves.negative.append(float(loss.stats.negative_distance))
+        if step.number in evaluated:
+            scores = score()
+            curves.at.append(step.number)
+            curves.seen.append(scores["seen"])
+            curves.unseen.append(scores["unseen"])
+        if progress is not None:
+            progress.show(
+                step.number,
+                f"loss {step.loss:.3f}  active {curves.active[-1]:4.0%}"
+                f"  d_ap {curves.positive[-1]:.2f}  d_an {curves.negative[-1]:.2f}",
+            )
+    return step
 
 
 def active(loss: triplet_ext.TripletLoss) -> float:
@@ -98,7 +138,7 @@ def embed(network: torch.nn.Module, images: Tensor) -> Tensor:
     return rows
 
 
-def measure(network: torch.nn.Module, images: Images, split: Split) -> dict[str, tuple[float, float]]:
+def measure(network: torch.nn.Module, images: Images, split: Split) -> Scores:
     """Recall@1 and MAP@R of each part of the test."""
     parts = {"seen": split.seen, "unseen": split.unseen}
     return {name: retrieval(embed(network, images.pixels[part]), images.labels[part]) for name, part in parts.items()}

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: an installed triplet_ext goes first
 
-from benchmarks import agree, goals, machine, measure, memory, report, sides, timing  # noqa: E402
+from benchmarks import agree, goals, machine, measure, memory, processes, report, sides, timing  # noqa: E402
 from benchmarks.__main__ import dumps, main, newest, rendered  # noqa: E402
-from benchmarks.cases import FULL, MEMORY_FULL, QUICK, STRATEGIES, Case  # noqa: E402
+from benchmarks.cases import FULL, GLOBAL, MEMORY_FULL, QUICK, STRATEGIES, Case  # noqa: E402
 from benchmarks.data import inputs, rotation  # noqa: E402
 from benchmarks.records import Records  # noqa: E402
 
@@ -164,6 +165,45 @@ def test_every_side_agrees_with_ours(case, side):
     agree.check(side.ours(case), side.build(case), batch, side.title)
 
 
+def global_sides_agree(rank, size):
+    for family in GLOBAL:
+        case = Case(family, 32, 16)
+        whole = inputs(replace(case, family="batch_hard", batch=64), 0, half_active=True)
+        batch = inputs(case, 0, half_active=True)
+        for mine, all_rows in zip(batch.plain, whole.plain):
+            assert torch.equal(mine, all_rows.split(32)[rank])
+        alone = sides.OURS.build(replace(case, family=family.removeprefix("global_"), batch=64))(*whole.plain)
+        torch.testing.assert_close(sides.OURS.build(case)(*batch.plain), alone)
+        for side in sides.sides_of(case):
+            if not sides.absent(side):
+                agree.check(side.ours(case), side.build(case), batch, side.title)
+
+
+def test_every_side_of_several_processes_agrees_with_ours(request):
+    failures = ranks.run(2, [global_sides_agree], request.config.triplet_ext_seed)
+    assert not failures, "\n".join(failures.values())
+    peers = {family: [side.name for side in sides.sides_of(Case(family, 32, 16))] for family in GLOBAL}
+    library = "distributed_pytorch_metric_learning"
+    assert peers == {"global_batch_hard": ["gathered_eager", library], "global_batch_all": [library]}
+
+
+def test_several_processes_are_measured():
+    case = Case("global_batch_hard", 256, 16)
+    eager = next(side for side in sides.sides_of(case) if side.name == "gathered_eager")
+    found = processes.compare_side(case, eager, timing.Budget(0.01, 1, 3))
+    assert found["ratio"]["both"]["median"] > 0 and found["pairs"] >= 1 and 0.5 < found["active"] <= 1
+    assert found["agreement"]["gradient_rows"] == 256 and 0 <= found["others"] <= 1
+    row = {"case": case.to_json(), "side": eager.name, "title": "EAGER", **found}
+    text = report.block({**_results(), "times": [row], "memory": []})
+    assert "**Batches of 2 processes as one**" in text and "| batch_hard, 2 × 256 × 16 | " in text
+
+
+def test_a_side_that_fails_in_a_process():
+    case = Case("global_batch_hard", 32, 16, per_class=7)  # of which 64 rows are no multiple
+    with pytest.raises(processes.Failed, match="multiple of per_class=7"):
+        processes.peak(sides.OURS, case)
+
+
 def test_strategies_stand_beside_every_library_that_has_them():
     peers = {family: [side.name for side in sides.sides_of(replace(SMALL, family=family))] for family in STRATEGIES}
     assert peers == {
@@ -199,6 +239,7 @@ def test_disagreement_is_noticed():
 def test_names():
     assert Case("batch_all", 4096, 128).name == "batch_all-4096x128"
     assert Case("batch_all", 4096, 128, per_class=2048).name == "batch_all-4096x128-2classes"
+    assert Case("global_batch_all", 2048, 128).name == "global_batch_all-2x2048x128"
     assert Case("batch_all", 4096, 128, "cosine", converged=True).name == "batch_all-4096x128-cosine-converged"
 
 
@@ -472,3 +513,10 @@ def test_smoke(tmp_path, capsys, monkeypatch):
     saved.write_text(dumps(results | {"threads": 99}))
     with pytest.raises(SystemExit, match="--into: that run's threads must be this one's, .*, got 99"):
         main(["--quick", "--only", f"^{again}$", "--into", str(saved)])
+
+
+def test_processes_that_take_too_long_are_left_out(monkeypatch):
+    case = Case("global_batch_hard", 32, 16)
+    monkeypatch.setattr(memory, "_LIMIT", 0.01)
+    assert processes.peak(sides.OURS, case) == {"skipped": "took more than 0 s"}
+    assert processes.compare_side(case, sides.OTHERS[-2], timing.Budget(0.01, 1, 3))["skipped"] == "took more than 0 s"

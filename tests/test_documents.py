@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 
 import triplet_ext
 from triplet_ext.data import PKBatchSampler
@@ -44,6 +46,10 @@ def tensors():
 # Those that stand alone; test_keras.py executes the one of docs/keras.md.
 ALONE = [("README.md", "optimizer.step()"), ("docs/semantics.md", "hard_triplet_mining"), ("docs/keras.md", "keras")]
 ALONE += [("docs/semantics.md", "PKBatchSampler")]
+# On two processes.
+ALONE += [
+    ("docs/distributed.md", f"# {what}\n") for what in ("DistributedDataParallel", "FSDP2", "sub-groups", "compile")
+]
 
 
 def test_every_snippet_is_executed():
@@ -119,6 +125,80 @@ def test_the_sampler():
     batches = list(sampler)
     assert len(batches) == len(sampler) and {len(batch) for batch in batches} == {8 * 4}
     assert sampler.epoch == state["epoch"] + 1
+
+
+# --- snippets on two processes ---------------------------------------------------------------------------------
+
+
+def on_two_processes():
+    """What the snippets of docs/distributed.md take, with the same weights on both ranks."""
+    torch.manual_seed(7)
+    layers = [torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 8)]
+    dataset = Images()
+    dataset.pixels = dataset.pixels.double()
+    model = torch.nn.Sequential(*layers).double()
+    return {"torch": torch, "TripletLoss": triplet_ext.TripletLoss, "dataset": dataset, "model": model}
+
+
+def parameters_of_one(space, batches):
+    """Trained by one process on these batches, as the snippets train."""
+    model, normalize = space["model"], torch.nn.functional.normalize
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for rows in batches:
+        labels = torch.tensor(space["dataset"].targets)[rows]
+        loss = triplet_ext.TripletLoss(0.2)(normalize(model(space["dataset"].pixels[rows])), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def the_loop_under_ddp(rank, size):
+    space = on_two_processes()
+    exec(snippet("docs/distributed.md", "# DistributedDataParallel\n"), space)
+    found = [p.detach() for p in space["model"].parameters()]
+    alone = on_two_processes()
+    samplers = [PKBatchSampler(alone["dataset"].targets, 8, 4, num_replicas=2, rank=r) for r in range(2)]
+    expected = parameters_of_one(alone, [a + b for a, b in zip(*samplers)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def the_step_under_fsdp(rank, size):
+    space, rows = on_two_processes(), [list(range(20)), list(range(20, 50))]
+    space["images"] = space["dataset"].pixels[rows[rank]]
+    space["labels"] = torch.tensor(space["dataset"].targets)[rows[rank]]
+    exec(snippet("docs/distributed.md", "# FSDP2\n"), space)
+    found = [p.full_tensor().detach() for p in space["model"].parameters()]
+    torch.testing.assert_close(found, parameters_of_one(on_two_processes(), [sum(rows, [])]), rtol=0, atol=1e-12)
+
+
+def a_group_of_a_mesh(rank, size):
+    space = on_two_processes()
+    exec(snippet("docs/distributed.md", "# sub-groups\n"), space)
+    assert "process_group=2 ranks" in repr(space["criterion"])
+
+
+def the_compiled_loss(rank, size):
+    space, whole = on_two_processes(), torch.randn(12, 5, dtype=torch.float64)
+    labels = torch.arange(12) % 3
+    space["embeddings"], space["labels"] = whole.chunk(2)[rank].requires_grad_(), labels.chunk(2)[rank]
+    eager = space["torch"].compile
+    space["torch"].compile = lambda loss, fullgraph: eager(loss, fullgraph=fullgraph, backend="aot_eager")
+    try:
+        exec(snippet("docs/distributed.md", "# compile\n"), space)
+    finally:
+        space["torch"].compile = eager
+    torch.testing.assert_close(space["loss"].detach(), triplet_ext.TripletLoss(0.2)(whole, labels).detach())
+
+
+def test_there_is_no_world_before_init_process_group():
+    assert dist.group.WORLD is None
+
+
+def test_on_two_processes(request):
+    functions = [the_loop_under_ddp, the_step_under_fsdp, a_group_of_a_mesh, the_compiled_loss]
+    failures = ranks.run(2, functions, request.config.triplet_ext_seed)
+    assert not failures, "\n".join(failures.values())
 
 
 # --- what the README says of distances and margins ------------------------------------------------------------

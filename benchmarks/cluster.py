@@ -23,7 +23,7 @@ SHOWN = (128, 1024)  # in the long tables
 TYPES = {"half": 2, "float32": 4}  # bytes of a feature; half: float16 or bfloat16
 A_NODE = 8  # GPUs
 
-LABEL, STATISTICS, HEADER = 8, 6 * 8, 12 * 8  # bytes of a rank, see triplet_ext/_distributed.py
+LABEL, STATISTICS, HEADER = 8, 6 * 8, 13 * 8  # bytes of a rank, see triplet_ext/_distributed.py
 
 
 @dataclass(frozen=True)

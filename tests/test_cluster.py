@@ -58,7 +58,7 @@ def test_the_bytes_are_those_of_the_loss(request):
 
 def test_bytes_by_hand():
     assert cluster.received(8, 64, 128, 2) == {
-        "sizes": 7 * 96,
+        "sizes": 7 * 104,
         "rows": 7 * 64 * 256,
         "labels": 7 * 64 * 8,
         "sums": 7 * 48,

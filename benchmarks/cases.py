@@ -10,6 +10,7 @@ MINED = ("batch_hard", *STRATEGIES)  # families that mine from (embeddings, labe
 EXPLICIT = ("explicit", "torch_nn")  # families over (anchor, positive, negative)
 GLOBAL = ("global_batch_hard", "global_batch_all")  # families that mine over the batches of several processes
 PROCESSES = 2  # of these
+BANK = ("memory_bank",)  # the family that mines from a batch and a memory bank
 PER_CLASS = 4
 
 
@@ -20,7 +21,8 @@ class Case:
     Families: ``batch_hard``, ``semi_hard``, ``easy_positive`` and ``batch_all`` are ``TripletLoss(mining=...)``;
     ``explicit`` is ``TripletLoss`` over given triplets; ``torch_nn`` is ``TripletMarginLoss``, the drop-in for
     torch.nn's; ``global_batch_hard`` and ``global_batch_all`` mine over PROCESSES processes, each of which has
-    ``batch`` rows. ``per_class`` and ``converged`` say what mined data looks like: see :func:`benchmarks.data.inputs`.
+    ``batch`` rows; ``memory_bank`` is batch_hard with ``memory`` rows in a MemoryBank. ``per_class`` and ``converged``
+    say what mined data looks like: see :func:`benchmarks.data.inputs`.
     """
 
     family: str
@@ -31,6 +33,7 @@ class Case:
     margin: float = 1.0
     dtype: str = "float32"
     converged: bool = False
+    memory: int = 0
 
     @property
     def name(self) -> str:
@@ -44,6 +47,8 @@ class Case:
             parts.append(f"{self.classes}classes")
         if self.converged:
             parts.append("converged")
+        if self.memory:
+            parts.append(f"{self.memory}rows")
         return "-".join(parts)
 
     @property
@@ -80,6 +85,7 @@ def _strategies(*sizes: tuple[int, int]) -> list[Case]:
 _TWO_CLASSES = Case("batch_all", 4096, 128, per_class=2048)
 _CONVERGED = Case("batch_all", 4096, 128, converged=True)
 _SPREAD = [Case(family, 2048, 128) for family in GLOBAL]
+_BANK = Case("memory_bank", 256, 128, memory=1_000_000)
 
 FULL = [
     *_sizes("batch_hard", "squared_euclidean", *((b, 128) for b in (128, 512, 1024, 4096, 16384))),
@@ -94,6 +100,7 @@ FULL = [
     *_sizes("explicit", "euclidean", (4096, 128)),
     *_sizes("torch_nn", "p_norm", (128, 128), (4096, 128), (65536, 128)),
     *_SPREAD,
+    _BANK,
 ]
 QUICK = [
     *_sizes("batch_hard", "squared_euclidean", (128, 128), (1024, 128)),
@@ -102,6 +109,7 @@ QUICK = [
     *_sizes("explicit", "squared_euclidean", (4096, 128)),
     *_sizes("torch_nn", "p_norm", (4096, 128)),
     *(Case(family, 256, 128) for family in GLOBAL),
+    Case("memory_bank", 256, 128, memory=20_000),
 ]
 
 # Memory is measured in a process for each side and case, and is a curve over B for the plot.
@@ -113,5 +121,6 @@ MEMORY_FULL = [
     *_sizes("explicit", "squared_euclidean", (65536, 128)),
     *_sizes("torch_nn", "p_norm", (65536, 128)),
     *_SPREAD,
+    _BANK,
 ]
 MEMORY_QUICK = [*_sizes("batch_hard", "squared_euclidean", (2048, 128)), Case("global_batch_hard", 1024, 128)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cases import EXPLICIT, GLOBAL, MINED, Case
+from .cases import BANK, EXPLICIT, GLOBAL, MINED, Case
 
 _SETS_BYTES = 256 << 20
 
@@ -61,7 +61,7 @@ def inputs(case: Case, seed: int, *, device: str = "cpu", half_active: bool = Fa
     def noise(rows: int) -> Tensor:
         return torch.randn(rows, case.width, generator=generator)
 
-    if case.family in MINED + GLOBAL:
+    if case.family in MINED + GLOBAL + BANK:
         if case.rows % case.per_class:
             raise ValueError(f"{case.name}: the batch must be a multiple of per_class={case.per_class}")
         x, labels = noise(case.rows), torch.arange(case.rows) // case.per_class
@@ -82,3 +82,14 @@ def rotation(case: Case, device: str = "cpu") -> list[Inputs]:
     """Between 2 and 8 sets, as many as fit a memory budget."""
     one = 2 * case.batch * case.width * 4 * (3 if case.family in EXPLICIT else 1)
     return [inputs(case, seed, device=device) for seed in range(1, 1 + max(2, min(8, _SETS_BYTES // one)))]
+
+
+def memory_bank(case: Case):
+    """Full, of rows of a tenth as many classes, the batch's among them. A new one holds the same."""
+    import triplet_ext
+
+    generator = torch.Generator().manual_seed(0)
+    bank = triplet_ext.MemoryBank(case.memory, case.width, dtype=getattr(torch, case.dtype))
+    labels = torch.randint(max(case.classes, case.memory // 10), (case.memory,), generator=generator)
+    bank.enqueue(torch.randn(case.memory, case.width, generator=generator), labels)
+    return bank

@@ -80,6 +80,8 @@ GOALS = [
     Goal("faster", 5, "batch_all-1024x128", ("sentence_transformers",)),
     Goal("faster", 15, "batch_all-4096x128", ("pytorch_metric_learning", "sentence_transformers")),
     Goal("memory", 32, "batch_hard-16384x128"),
+    Goal("ratio", 0.5, "memory_bank-256x128-1000000rows", ("mm_with_bank",)),
+    Goal("memory", 32, "memory_bank-256x128-1000000rows"),
     *(Goal("memory", 64, f"{strategy}-16384x128") for strategy in STRATEGIES),
     Goal("import", 100),
 ]

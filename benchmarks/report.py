@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .cases import EXPLICIT, GLOBAL, MINED, PER_CLASS, PROCESSES, STRATEGIES
+from .cases import BANK, EXPLICIT, GLOBAL, MINED, PER_CLASS, PROCESSES, STRATEGIES
 from .goals import judged
 from .quiet import BUSY
 from .records import Records
@@ -65,6 +65,11 @@ def _faster(records: Records, case: str, side: str, name: str = "both") -> str:
     return _absent(records.why_no_time(case, side)) if ratio is None else f"{_digits(1 / ratio)} ×"
 
 
+def _ratio(records: Records, case: str, side: str) -> str:
+    ratio = records.ratio(case, side, "both")
+    return "–" if ratio is None else f"{ratio:.2f}"
+
+
 def _size(case: dict[str, Any]) -> str:
     parts = [f"{case['batch']} × {case['width']}"]
     if case["family"] in GLOBAL:
@@ -98,12 +103,11 @@ def _mined(records: Records, *families: str) -> str:
     rows = []
     for case in cases:
         name = case["name"]
-        ratio = records.ratio(name, "mm", "both")
         rows.append(
             [
                 *([f"{case['family']}, {_size(case)}", _percent(records.active(name))] if several else [_size(case)]),
                 *(_spread(records.side_ms(name, "ours", p)) for p in ("forward", "backward", "both")),
-                "–" if ratio is None else f"{ratio:.2f}",
+                _ratio(records, name, "mm"),
                 *(_faster(records, name, peer) for peer in peers),
             ]
         )
@@ -125,6 +129,21 @@ def _global(records: Records) -> str:
     ]
     head = ["mining, processes × B × D", "forward, ms", "backward, ms", "both, ms"]
     return _table(head + [f"faster than {title}" for title in peers.values()], rows) if rows else ""
+
+
+def _bank(records: Records) -> str:
+    cases = records.cases(*BANK)
+    rows = [
+        [
+            f"{_size(case)}, {case['memory']}",
+            *(_spread(records.side_ms(case["name"], "ours", p)) for p in ("forward", "backward", "both")),
+            _ratio(records, case["name"], "mm_with_bank"),
+            _megabytes(records, case["name"], "ours"),
+        ]
+        for case in cases
+    ]
+    head = ["B × D, rows of the bank", "forward, ms", "backward, ms", "both, ms", "both ÷ `torch.mm(x, bank.T)`"]
+    return _table([*head, "extra MB"], rows) if rows else ""
 
 
 def _explicit(records: Records) -> str:
@@ -233,6 +252,7 @@ def block(results: dict[str, Any], plot: str = "") -> str:
             " class of the whole batch; times of one of the processes, memory of the one that takes most:",
             _global(records),
         ),
+        *_section(f"**A memory bank**, batch-hard, {PER_CLASS} rows a class in the batch:", _bank(records)),
         *_section(
             "**Extra peak memory, MB of 2²⁰ bytes** (gradients included, inputs not):",
             *(_memory(records, families) for families in (MINED, EXPLICIT, GLOBAL)),

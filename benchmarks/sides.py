@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import EXPLICIT, GLOBAL, MINED, Case
+from .cases import BANK, EXPLICIT, GLOBAL, MINED, Case
+from .data import memory_bank
 
 Loss = Callable[..., Tensor]
 PASSES = ("forward", "backward", "both")
@@ -72,6 +73,9 @@ def _ours(case: Case, reduction: str = "mean") -> Loss:
 
     if case.family == "torch_nn":
         return triplet_ext.TripletMarginLoss(case.margin)
+    if case.family in BANK:
+        loss, bank = triplet_ext.TripletLoss(case.margin, reduction=reduction), memory_bank(case)
+        return lambda x, labels: loss(x, labels, memory=bank)
     mining = "batch_hard" if case.family in EXPLICIT else case.family.removeprefix("global_")
     group = torch.distributed.group.WORLD if case.family in GLOBAL else None
     options = {"distance": case.distance, "mining": mining, "reduction": reduction}
@@ -80,6 +84,11 @@ def _ours(case: Case, reduction: str = "mean") -> Loss:
 
 def _mm(case: Case) -> Loss:
     return lambda x, labels: torch.mm(x, x.T)
+
+
+def _mm_with_bank(case: Case) -> Loss:
+    rows = memory_bank(case).embeddings
+    return lambda x, labels: torch.mm(x, rows.T)
 
 
 def _eager(case: Case, expanded: bool) -> Loss:
@@ -205,7 +214,7 @@ def _sentence_transformers(case: Case) -> Loss:
     return lambda x, labels: loss(labels, x)
 
 
-OURS = Side("ours", "triplet_ext", MINED + EXPLICIT + GLOBAL, _ours)
+OURS = Side("ours", "triplet_ext", MINED + EXPLICIT + GLOBAL + BANK, _ours)
 OTHERS = [
     Side(
         "mm",
@@ -335,6 +344,14 @@ OTHERS = [
         distances=("squared_euclidean",),
         per_triplet=50,
         remark="global_batch_all: the same without a miner; it lists the triplets",
+    ),
+    Side(
+        "mm_with_bank",
+        "torch.mm(x, bank.T)",
+        BANK,
+        _mm_with_bank,
+        passes=("forward",),
+        remark="memory_bank: the same of the batch and the bank's rows",
     ),
 ]
 

@@ -14,10 +14,11 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # last: an installed triplet_ext goes first
 
+import triplet_ext  # noqa: E402
 from benchmarks import agree, goals, machine, measure, memory, processes, report, sides, timing  # noqa: E402
 from benchmarks.__main__ import dumps, main, newest, rendered  # noqa: E402
 from benchmarks.cases import FULL, GLOBAL, MEMORY_FULL, QUICK, STRATEGIES, Case  # noqa: E402
-from benchmarks.data import inputs, rotation  # noqa: E402
+from benchmarks.data import inputs, memory_bank, rotation  # noqa: E402
 from benchmarks.records import Records  # noqa: E402
 
 SMALL = Case("batch_hard", 64, 16)
@@ -163,6 +164,17 @@ def test_every_side_agrees_with_ours(case, side):
     if side.compared_in:
         batch = batch.to(getattr(torch, side.compared_in))
     agree.check(side.ours(case), side.build(case), batch, side.title)
+
+
+def test_a_memory_bank_is_measured():
+    case = Case("memory_bank", 32, 16, memory=50)
+    (mm,) = sides.sides_of(case)
+    x, y = inputs(case, 0).plain
+    bank = memory_bank(case)
+    references = {"ref_embeddings": torch.cat((x, bank.embeddings)), "ref_labels": torch.cat((y, bank.labels))}
+    expected = triplet_ext.TripletLoss()(x, y, **references, ref_offset=0)
+    torch.testing.assert_close(sides.OURS.build(case)(x, y), expected)
+    assert mm.build(case)(x, y).shape == (32, 50) and len(bank) == 50
 
 
 def global_sides_agree(rank, size):

@@ -24,10 +24,10 @@
 namespace triplet_ext {
 namespace {
 
-constexpr int64_t kPieceBytes = 4 << 20;  // of rows: its packed copy stays in the caches
+constexpr int64_t kPieceBytes = 2 << 20;  // of rows: its packed copy stays in the caches
 
 int64_t piece_rows(int64_t width, int64_t element) {
-  return std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(1, width * element), 1024, 1 << 16);
+  return std::clamp<int64_t>(kPieceBytes / std::max<int64_t>(1, width * element), 1024, 1 << 15);
 }
 
 // One choice of an anchor: a reference, its exact distance, and whether both are finite.

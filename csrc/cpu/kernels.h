@@ -168,9 +168,8 @@ TRIPLET_FN double rounding_error(const RoundingBound& bound, double norm, double
   return 1.1 * (bound.product * norm * other + bound.rest * reach * reach + scaling) + bound.absolute;
 }
 
-// The negatives that may be the nearest one beyond each of an anchor's thresholds: a linked list for each. With few
-// thresholds, each has all of its own; beyond kFewThresholds, it has those that are not below the threshold before,
-// too. One more list, of -y, is for the farthest of all negatives, which is taken where none lies beyond.
+// The negatives that may be the nearest one beyond each of an anchor's thresholds, at most kFewThresholds: a linked list
+// for each. One more list, of -y, is for the farthest of all negatives, which is taken where none lies beyond.
 template <typename T>
 struct Candidates {
   const T* certain;  // [count + 1]: what is below lies beyond the threshold, whatever rounding did

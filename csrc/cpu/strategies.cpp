@@ -74,6 +74,80 @@ class Sorter {
   std::vector<uint64_t> keys_, next_;
 };
 
+// An anchor's negatives, the nearest first: put in order as far as they are looked at. They are spread over buckets of
+// equal width, each of which is sorted when it is reached.
+template <typename T>
+class Descending {
+ public:
+  using Item = std::pair<T, Lane<T>>;  // y, and the packed reference
+
+  // Of y[0, count), where NaN is none, those below `limit`.
+  void fill(const T* y, int64_t count, T limit) {
+    constexpr int kLanes = 16;
+    T lowest[kLanes];
+    std::fill_n(lowest, kLanes, limit);
+    for (int64_t j = 0; j + kLanes <= count; j += kLanes)
+      for (int l = 0; l < kLanes; ++l) lowest[l] = y[j + l] < lowest[l] ? y[j + l] : lowest[l];
+    for (int64_t j = count / kLanes * kLanes; j < count; ++j) lowest[0] = y[j] < lowest[0] ? y[j] : lowest[0];
+    least_ = *std::min_element(lowest, lowest + kLanes);
+    buckets_ = std::max<int64_t>(1, count / 2);
+    step_ = std::min(T(buckets_) / (limit - least_), std::numeric_limits<T>::max());
+    start_.assign(buckets_ + 2, 0);
+    bucket_.resize(count);
+    items_.resize(count);
+    sorted_.assign(buckets_, 0);
+    for (int64_t j = 0; j < count; ++j) {
+      const int32_t bucket = y[j] < limit ? bucket_of(y[j]) : int32_t(buckets_);
+      bucket_[j] = bucket;
+      ++start_[bucket + 1];
+    }
+    for (int64_t b = 0; b <= buckets_; ++b) start_[b + 1] += start_[b];
+    for (int64_t j = 0; j < count; ++j) items_[start_[bucket_[j]]++] = {y[j], Lane<T>(j)};
+    for (int64_t b = buckets_; b > 0; --b) start_[b] = start_[b - 1];
+    start_[0] = 0;
+  }
+
+  int64_t size() const { return start_[buckets_]; }
+  const Item& operator[](int64_t place) const { return items_[place]; }
+
+  // Calls f(place) for the items below `limit`, the nearest first, until it returns false.
+  template <typename F>
+  void each_below(T limit, Sorter<T>& sort, F f) {
+    if (size() == 0 || !(limit > least_)) return;
+    for (int64_t bucket = bucket_of(limit);;) {
+      sort_bucket(bucket, sort);
+      int64_t place = start_[bucket + 1];
+      while (place > start_[bucket])
+        if (items_[--place].first < limit && !f(place)) return;
+      if (place == 0) return;
+      bucket = bucket_of(items_[place - 1].first);
+    }
+  }
+
+ private:
+  int32_t bucket_of(T y) const { return std::min(int32_t((y - least_) * step_), int32_t(buckets_ - 1)); }
+
+  void sort_bucket(int64_t bucket, Sorter<T>& sort) {
+    if (sorted_[bucket]) return;
+    sorted_[bucket] = 1;
+    const auto begin = items_.begin() + start_[bucket], end = items_.begin() + start_[bucket + 1];
+    if (end - begin <= 16) {
+      for (auto from = begin; from < end; ++from)
+        for (auto to = from; to > begin && to->first < (to - 1)->first; --to) std::swap(*to, *(to - 1));
+      return;
+    }
+    some_.assign(begin, end);
+    sort(some_);
+    std::copy(some_.begin(), some_.end(), begin);
+  }
+
+  T least_, step_;
+  int64_t buckets_ = 0;
+  std::vector<Item> items_, some_;
+  std::vector<int32_t> start_, bucket_;
+  std::vector<uint8_t> sorted_;
+};
+
 // Room for what the soft margin takes of a panel of anchors.
 template <typename T>
 class SoftSpace {
@@ -114,7 +188,6 @@ struct Group {
     std::vector<T> values, of, sums;               // see Thresholds
     std::vector<T> certain, floor, value;          // see Candidates
     std::vector<Lane<T>> head, index, next;
-    std::vector<int64_t> before;  // the last threshold before each that ever had a candidate
     std::vector<T> nearest;       // the negative of each threshold
     std::vector<Lane<T>> nearest_index;
     std::vector<double> pulls;  // on each threshold
@@ -127,6 +200,9 @@ struct Group {
   Triplets triplets;  // of an anchor
   std::vector<T> triplet_distances;
   Sorter<T> sort;
+  Descending<T> negatives;
+  std::vector<T> y;           // of a panel of anchors of many thresholds
+  std::vector<double> exact;  // of `negatives`; NaN: not known
 
   explicit Group(int64_t panel) : anchors(panel), thresholds(panel) {}
 };
@@ -748,33 +824,31 @@ class Mined {
 
   // How far each threshold reaches, rounding considered: a negative below `values` may lie beyond the positive, and one
   // below `certain` does. Where only the nearest negative counts, all lie beyond, and the farthest is not looked for.
-  void set_reach(int64_t p, Group<T>& group, std::vector<Candidates<T>>& candidates) const {
+  void set_reach(int64_t i, typename Group<T>::Anchor& anchor) const {
     constexpr T kEverything = std::numeric_limits<T>::infinity();
-    for (int64_t r = 0; r < panel(); ++r) {
-      auto& anchor = group.anchors[r];
-      const int64_t i = p * panel() + r, count = negatives_sought(anchor);
-      int64_t padded = 1;
-      while (padded <= count) padded *= 2;
-      anchor.values.assign(padded, kEverything);
-      anchor.certain.assign(count + 1, kEverything);
-      for (int64_t t = 0; t < count && negative_ == NegativeRule::SemiHard; ++t) {
-        const T y = anchor.positives[t].first;
-        const double error = rounding_error(bound_, a_.norm[i], -2 * double(y));
-        anchor.values[t] = t ? std::max(anchor.values[t - 1], T(y + error)) : T(y + error);
-        anchor.certain[t] = T(y - error);
-      }
-      anchor.floor.assign(count + 1, -kEverything);
-      if (negative_ == NegativeRule::Hard) anchor.floor[count] = kEverything;
-      anchor.head.assign(count + 1, Lane<T>(-1));
-      const int64_t room = 32 * std::min<int64_t>(count + 1, kFewThresholds) + 4 * count;
-      anchor.value.resize(room);
-      anchor.index.resize(room);
-      anchor.next.resize(room);
-      group.thresholds[r] = {anchor.values.data(), nullptr, T(0), nullptr, T(0), Lane<T>(count)};
-      candidates[r] = {anchor.certain.data(),    anchor.floor.data(), anchor.head.data(),
-                       anchor.value.data(),      anchor.index.data(), anchor.next.data(),
-                       count ? a_.norm[i] : 0.0, Lane<T>(count),      Lane<T>(room)};
+    const int64_t count = negatives_sought(anchor);
+    anchor.values.assign(count, kEverything);
+    anchor.certain.assign(count + 1, kEverything);
+    for (int64_t t = 0; t < count && negative_ == NegativeRule::SemiHard; ++t) {
+      const T y = anchor.positives[t].first;
+      const double error = rounding_error(bound_, a_.norm[i], -2 * double(y));
+      anchor.values[t] = t ? std::max(anchor.values[t - 1], T(y + error)) : T(y + error);
+      anchor.certain[t] = T(y - error);
     }
+  }
+
+  // Of few thresholds.
+  Candidates<T> candidates_of(int64_t i, typename Group<T>::Anchor& anchor) const {
+    constexpr T kEverything = std::numeric_limits<T>::infinity();
+    const int64_t count = negatives_sought(anchor), room = 32 * (count + 1) + 4 * count;
+    anchor.floor.assign(count + 1, -kEverything);
+    if (negative_ == NegativeRule::Hard) anchor.floor[count] = kEverything;
+    anchor.head.assign(count + 1, Lane<T>(-1));
+    anchor.value.resize(room);
+    anchor.index.resize(room);
+    anchor.next.resize(room);
+    return {anchor.certain.data(), anchor.floor.data(), anchor.head.data(), anchor.value.data(), anchor.index.data(),
+            anchor.next.data(),    a_.norm[i],          Lane<T>(count),     Lane<T>(room)};
   }
 
   // How many negatives an anchor's triplets have: one for each of its positives, or one for all.
@@ -784,16 +858,34 @@ class Mined {
 
   // The negative of each pair.
   void choose_negatives(int64_t p, Group<T>& group) const {
-    std::vector<Candidates<T>> candidates(panel());
-    set_reach(p, group, candidates);
+    const int64_t P = panel(), stride = r_.panels * P;
+    std::vector<Candidates<T>> candidates(P);
+    std::vector<Thresholds<T>> many(P);
+    bool any_few = false, any_many = false;
+    for (int64_t r = 0; r < P; ++r) {
+      auto& anchor = group.anchors[r];
+      group.thresholds[r] = {};
+      if (anchor.positives.empty()) continue;
+      const int64_t count = negatives_sought(anchor);
+      const bool few = count <= kFewThresholds;
+      set_reach(p * P + r, anchor);
+      (few ? group.thresholds : many)[r] =
+          Thresholds<T>{anchor.values.data(), nullptr, T(0), nullptr, T(0), Lane<T>(count)};
+      if (few) candidates[r] = candidates_of(p * P + r, anchor);
+      (few ? any_few : any_many) = true;
+    }
+    if (any_many) group.y.resize(P * stride);
     each_block([&](int64_t begin, int64_t end) {
-      kernels<T>().nearest(squares_, p, begin, end, group.thresholds.data(), bound_, candidates.data());
+      if (any_few) kernels<T>().nearest(squares_, p, begin, end, group.thresholds.data(), bound_, candidates.data());
+      if (any_many)
+        kernels<T>().negatives(squares_, p, begin, end, many.data(), {nullptr, 0}, group.y.data() + begin * P, stride);
     });
     std::vector<Measured> scratch;
-    for (int64_t r = 0; r < panel(); ++r) {
-      if (r + 1 < panel()) prefetch(group.anchors[r + 1]);
-      if (group.anchors[r].positives.empty()) continue;
-      settle_negatives(p * panel() + r, group.anchors[r], candidates[r].crowded, scratch);
+    for (int64_t r = 0; r < P; ++r) {
+      if (r + 1 < P) prefetch(group.anchors[r + 1]);
+      if (many[r].count) settle_many(p * P + r, group.y.data() + r * stride, group.anchors[r], group);
+      else if (group.thresholds[r].count)
+        settle_negatives(p * P + r, group.anchors[r], candidates[r].crowded, scratch);
     }
   }
 
@@ -805,8 +897,6 @@ class Mined {
     const bool measures = int64_t(anchor.positives.size()) <= kFewThresholds;
     anchor.nearest.assign(count, T(0));
     anchor.nearest_index.assign(count, Lane<T>(-1));
-    anchor.before.assign(count, -1);
-    for (int64_t t = 1; t < count; ++t) anchor.before[t] = anchor.head[t - 1] >= 0 ? t - 1 : anchor.before[t - 1];
     std::optional<Ranking> ranking;
     if (crowded) ranking.emplace(*this, i);
     for (int64_t t = 0; t < count; ++t) {
@@ -818,7 +908,7 @@ class Mined {
         return distance;
       };
       candidates.clear();
-      if (!ranking) gather_candidates(i, anchor, t, candidates);
+      if (!ranking) gather_candidates(anchor, t, candidates);
       const bool clear = candidates.size() == 1 && candidates[0].y < anchor.certain[t];
       if (measures) positive.first = y_of(measure_positive());
       else if (!clear) measure_positive();
@@ -840,6 +930,73 @@ class Mined {
         anchor.positives[t].first = measured(i, anchor.positives[t].second);
     if (!measures)
       for (auto& positive : anchor.positives) positive.first = with_root(positive.first);
+  }
+
+  // The same of an anchor of many thresholds, from y of all of its negatives: what is in doubt is measured once.
+  void settle_many(int64_t i, const T* y, typename Group<T>::Anchor& anchor, Group<T>& group) const {
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    const int64_t count = int64_t(anchor.positives.size());
+    Descending<T>& negatives = group.negatives;
+    negatives.fill(y, r_.panels * panel(), anchor.values[count - 1]);
+    group.exact.assign(negatives.size(), std::numeric_limits<double>::quiet_NaN());
+    anchor.nearest.assign(count, T(0));
+    anchor.nearest_index.assign(count, Lane<T>(-1));
+    std::optional<Measured> farthest;
+    std::optional<Ranking> ranking;
+    std::vector<Measured> candidates;
+    int64_t budget = 16 * (count + negatives.size());  // of looks; where too many are in doubt, all are put in order
+    for (int64_t t = 0; t < count; ++t) {
+      auto& [own, index] = anchor.positives[t];
+      T floor = kNone, nearest = T(0);
+      int64_t first = 0, last = 0;  // places of the candidates
+      if (!ranking)
+        negatives.each_below(anchor.values[t], group.sort, [&](int64_t place) {
+          const T here = negatives[place].first;
+          if (here < floor || budget-- < 0) return false;
+          if (first == last) first = last = place + 1;
+          if (floor == kNone && here < anchor.certain[t])
+            floor = T(here - T(rounding_error(bound_, a_.norm[i], -2 * double(here))));
+          first = place;
+          nearest = here;
+          return true;
+        });
+      if (budget < 0 && !ranking) ranking.emplace(*this, i);
+      if (!ranking && last - first == 1 && nearest < anchor.certain[t]) {
+        anchor.nearest[t] = with_root(nearest);
+        anchor.nearest_index[t] = negatives[first].second;
+        continue;
+      }
+      const double beyond = exact_distance(exact_, a_.order[i], r_.order[index]) + tie_;
+      candidates.clear();
+      for (int64_t place = first; place < last && !ranking; ++place) {
+        const auto& [at, j] = negatives[place];
+        double& distance = group.exact[place];
+        if (std::isnan(distance)) distance = exact_distance(exact_, a_.order[i], r_.order[j]);
+        if (distance > beyond) candidates.push_back({distance, r_.order[j], at, j});
+      }
+      if (ranking) candidates.push_back(ranking->nearest_beyond(beyond));
+      if (candidates.empty()) {
+        if (!farthest && !(farthest = farthest_of(i, y))) return;  // no negative is finite
+        candidates.push_back(*farthest);
+      }
+      const Measured& chosen = extreme(candidates, false);
+      anchor.nearest[t] = y_of(chosen.distance);
+      anchor.nearest_index[t] = chosen.index;
+    }
+    for (auto& positive : anchor.positives) positive.first = with_root(positive.first);
+  }
+
+  // The farthest negative, from y of all.
+  std::optional<Measured> farthest_of(int64_t i, const T* y) const {
+    T lowest = std::numeric_limits<T>::infinity();
+    for (int64_t j = 0; j < r_.count; ++j) lowest = y[j] < lowest ? y[j] : lowest;
+    const T most = T(lowest + T(rounding_error(bound_, a_.norm[i], -2 * double(lowest))));
+    std::vector<Measured> candidates;
+    for (int64_t j = 0; j < r_.count; ++j)
+      if (y[j] <= most) candidates.push_back({0, r_.order[j], y[j], Lane<T>(j)});
+    if (candidates.empty()) return std::nullopt;
+    measure_all(i, candidates);
+    return extreme(candidates, true);
   }
 
   // The rows that settle_negatives() will measure: they lie anywhere, and waiting for each would take most of the time.
@@ -865,24 +1022,11 @@ class Mined {
     candidates.erase(std::remove_if(candidates.begin(), candidates.end(), within), candidates.end());
   }
 
-  // What may be the nearest negative beyond threshold t. Beyond kFewThresholds, what lies below the threshold before
-  // has been kept there.
-  void gather_candidates(int64_t i, const typename Group<T>::Anchor& anchor, int64_t t,
-                         std::vector<Measured>& candidates) const {
-    constexpr T kNone = -std::numeric_limits<T>::infinity();
-    const bool few = anchor.certain.size() - 1 <= kFewThresholds;
-    T floor = kNone;
-    for (int64_t from = t; from >= 0; from = few ? -1 : anchor.before[from]) {
-      if (floor > kNone && anchor.values[from] <= floor) break;
-      for (Lane<T> k = anchor.head[from]; k >= 0; k = anchor.next[k]) {
-        const T y = anchor.value[k];
-        candidates.push_back({0, r_.order[anchor.index[k]], y, anchor.index[k]});
-        if (!(y < anchor.certain[t])) continue;
-        floor = std::max(floor, T(y - T(rounding_error(bound_, a_.norm[i], 2 * std::fabs(double(y))))));
-      }
-    }
-    const auto below = [=](const Measured& c) { return c.y < floor; };
-    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), below), candidates.end());
+  // What may be the nearest negative beyond threshold t.
+  void gather_candidates(const typename Group<T>::Anchor& anchor, int64_t t, std::vector<Measured>& candidates) const {
+    for (Lane<T> k = anchor.head[t]; k >= 0; k = anchor.next[k])
+      if (anchor.value[k] >= anchor.floor[t])
+        candidates.push_back({0, r_.order[anchor.index[k]], anchor.value[k], anchor.index[k]});
   }
 
   // What may be the farthest of all negatives.

@@ -91,8 +91,8 @@ TRIPLET_INLINE bool keep_negatives(const Pairing<T>& pairing, int64_t i, int64_t
   return true;
 }
 
-// How many of the thresholds are below y (with `or_equal`, not above it), for each lane.
-template <bool or_equal, typename T>
+// How many of the thresholds are below y, for each lane.
+template <typename T>
 TRIPLET_INLINE void count_below(const Thresholds<T>& thresholds, const T* y, Lane<T>* count) {
   Lane<T> step = 1;
   while (step <= thresholds.count) step *= 2;
@@ -101,7 +101,7 @@ TRIPLET_INLINE void count_below(const Thresholds<T>& thresholds, const T* y, Lan
     for (int l = 0; l < kWidth<T>; ++l) {
       const Lane<T> next = count[l] + step;
       const T value = thresholds.values[next - 1];
-      count[l] = (or_equal ? value <= y[l] : value < y[l]) ? next : count[l];
+      count[l] = value < y[l] ? next : count[l];
     }
 }
 
@@ -220,7 +220,7 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
           T y[W];
           Lane<T> below[W];
           store(y, tile[r][c]);
-          count_below<false>(own, y, below);
+          count_below(own, y, below);
           here[c] = excess_over<T>(own, y, below);
           active[r] += load_lanes<T>(below);
         }
@@ -304,7 +304,7 @@ static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_pane
       const T* floor = candidates[i + r].floor;
 #pragma GCC unroll 4
       for (int c = 0; c < kTileVectors; ++c) candidate[r][c] = tile[r][c] <= -floor[own.count];
-      for (Lane<T> p = 0; own.count <= kFewThresholds && p < own.count; ++p)
+      for (Lane<T> p = 0; p < own.count; ++p)
 #pragma GCC unroll 4
         for (int c = 0; c < kTileVectors; ++c)
           candidate[r][c] |= (tile[r][c] < own.values[p]) & (tile[r][c] >= floor[p]);
@@ -319,25 +319,11 @@ static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_pane
           if (!candidate[r][c][l]) continue;
           const T y = tile[r][c][l];
           const Lane<T> j = Lane<T>(bp * P + c * W + l);
-          for (Lane<T> p = 0; own.count <= kFewThresholds && p < own.count; ++p)
+          for (Lane<T> p = 0; p < own.count; ++p)
             if (y < own.values[p] && y >= of.floor[p]) add_candidate(of, p, y, j, bound);
           if (-y >= of.floor[own.count]) add_candidate(of, own.count, -y, j, bound);
         }
       }
-    // Many thresholds: to each negative its place between them.
-    for (int r = 0; r < kTileRows; ++r) {
-      const Thresholds<T>& own = thresholds[i + r];
-      for (int c = 0; own.count > kFewThresholds && c < kTileVectors; ++c) {
-        if (!any(tile[r][c] < own.values[own.count - 1])) continue;
-        T y[W];
-        Lane<T> from[W];
-        store(y, tile[r][c]);
-        count_below<true>(own, y, from);
-        for (int l = 0; l < W; ++l)
-          if (from[l] < own.count && y[l] >= candidates[i + r].floor[from[l]])
-            add_candidate(candidates[i + r], from[l], y[l], Lane<T>(bp * P + c * W + l), bound);
-      }
-    }
   };
   walk_negatives<T>(pairing, panel, begin_panel, end_panel, thresholds, [](int64_t) {}, visit, [](int64_t) {});
 }
@@ -392,7 +378,7 @@ static void weigh(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel,
           T y[W];
           Lane<T> below[W];
           store(y, tile[r][c]);
-          count_below<false>(own, y, below);
+          count_below(own, y, below);
           count[c] = __builtin_convertvector(load_lanes<T>(below), V);
           for (int l = 0; l < W; ++l)
             if (below[l]) pulls[i + r][below[l] - 1] += 1;  // of the thresholds up to this one; summed up at the end

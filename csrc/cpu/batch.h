@@ -289,9 +289,9 @@ struct Problem {
 };
 
 template <typename T>
-RoundingBound rounding_bound(const Problem<T>& problem) {
+RoundingBound rounding_bound(const Problem<T>& problem, int64_t most = kChain) {
   const Side<T>&a = problem.a, &r = problem.r;
-  const int64_t depth = a.depth, chain = std::min<int64_t>(depth, kChain) + (depth + kChain - 1) / kChain;
+  const int64_t depth = a.depth, chain = std::min(depth, most) + (depth + most - 1) / most;
   RoundingBound bound;
   bound.unit = std::numeric_limits<T>::epsilon() / 2;
   bound.product = 2 * double(chain + 1) * bound.unit;

@@ -43,8 +43,8 @@ struct Panels {
   int64_t depth;
 };
 constexpr int kNoGroup = -1;
-// Features whose products are added up in one chain.
-constexpr int kChain = 128;
+// Features whose products are added up in one chain; and where rounding is to leave less in doubt, for some time more.
+constexpr int kChain = 128, kFineChain = 32;
 
 // The best value of each row, the second best, and where the best is. Values are -d/2 for the nearest and d/2
 // for the farthest, so that in both cases the largest wins. Ties need no rule: where best and second are too
@@ -102,6 +102,7 @@ template <typename T>
 struct Pairing {
   Panels<T> a, b;
   bool root;
+  int chain = kChain;
 };
 
 // What an anchor's negatives are compared with, ascending. A negative is active for the thresholds below its y, and

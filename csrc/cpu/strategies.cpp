@@ -8,6 +8,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
+#include <array>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -90,21 +91,16 @@ class Descending {
       for (int l = 0; l < kLanes; ++l) lowest[l] = y[j + l] < lowest[l] ? y[j + l] : lowest[l];
     for (int64_t j = count / kLanes * kLanes; j < count; ++j) lowest[0] = y[j] < lowest[0] ? y[j] : lowest[0];
     least_ = *std::min_element(lowest, lowest + kLanes);
-    buckets_ = std::max<int64_t>(1, count / 2);
+    buckets_ = std::max<int64_t>(1, count / 4);
     step_ = std::min(T(buckets_) / (limit - least_), std::numeric_limits<T>::max());
-    start_.assign(buckets_ + 2, 0);
+    start_.assign(buckets_ + 3, 0);
     bucket_.resize(count);
     items_.resize(count);
     sorted_.assign(buckets_, 0);
-    for (int64_t j = 0; j < count; ++j) {
-      const int32_t bucket = y[j] < limit ? bucket_of(y[j]) : int32_t(buckets_);
-      bucket_[j] = bucket;
-      ++start_[bucket + 1];
-    }
-    for (int64_t b = 0; b <= buckets_; ++b) start_[b + 1] += start_[b];
-    for (int64_t j = 0; j < count; ++j) items_[start_[bucket_[j]]++] = {y[j], Lane<T>(j)};
-    for (int64_t b = buckets_; b > 0; --b) start_[b] = start_[b - 1];
-    start_[0] = 0;
+    for (int64_t j = 0; j < count; ++j) bucket_[j] = y[j] < limit ? bucket_of(y[j]) : int32_t(buckets_);
+    for (int64_t j = 0; j < count; ++j) ++start_[bucket_[j] + 2];
+    for (int64_t b = 0; b <= buckets_; ++b) start_[b + 2] += start_[b + 1];
+    for (int64_t j = 0; j < count; ++j) items_[start_[bucket_[j] + 1]++] = {y[j], Lane<T>(j)};
   }
 
   int64_t size() const { return start_[buckets_]; }
@@ -180,6 +176,15 @@ class SoftSpace {
   Buffer<int32_t> places_, starts_;
 };
 
+// A reference that may be selected.
+template <typename T>
+struct Measured {
+  double distance;  // see exact_distance()
+  int64_t original;
+  T y;
+  Lane<T> index;
+};
+
 // What is known of a panel of anchors.
 template <typename T>
 struct Group {
@@ -202,7 +207,11 @@ struct Group {
   Sorter<T> sort;
   Descending<T> negatives;
   std::vector<T> y;           // of a panel of anchors of many thresholds
-  std::vector<double> exact;  // of `negatives`; NaN: not known
+  std::vector<uint8_t> wanted;             // of each reference, in the caller's order: whether it has to be measured,
+  std::vector<double> exact;               // and what came out
+  std::vector<int64_t> rows;               // those
+  std::vector<Measured<T>> candidates;
+  std::vector<std::array<int64_t, 3>> doubts;  // a threshold, and the places of its candidates
 
   explicit Group(int64_t panel) : anchors(panel), thresholds(panel) {}
 };
@@ -238,7 +247,9 @@ class Mined {
         r_(problem_.r),
         pairing_{a_.view(), r_.view(), measure.distance == Distance::Euclidean},
         squares_{pairing_.a, pairing_.b, false},
+        fine_{pairing_.a, pairing_.b, false, kFineChain},
         bound_(rounding_bound(problem_)),
+        fine_bound_(rounding_bound(problem_, kFineChain)),
         exact_(exact_of(problem_, r_.order.data())),
         tie_(problem_.cosine ? kCosineTie : 0),
         positive_(positive),
@@ -469,6 +480,8 @@ class Mined {
   }
 
  private:
+  using Measured = triplet_ext::Measured<T>;
+
   struct Strip {
     Weights<T> weights;
     Marks marks;
@@ -650,7 +663,7 @@ class Mined {
       if (begin >= end) continue;
       const int64_t first = begin / P, last = (end + P - 1) / P, stride = (last - first) * P;
       group.distances.resize(tile_rows * stride);
-      kernels<T>().row_distances(selects() ? squares_ : pairing_, p * P + g, first, last, group.distances.data());
+      kernels<T>().row_distances(selects() ? fine_ : pairing_, p * P + g, first, last, group.distances.data());
       for (int64_t r = g; r < g + tile_rows; ++r) {
         const int64_t i = p * P + r;
         if (!takes_part(i)) continue;
@@ -694,14 +707,6 @@ class Mined {
 
   // Whether pairs are selected by their distance, not taken all; then distances have no root.
   bool selects() const { return positive_ != PositiveRule::All || negative_ != NegativeRule::All; }
-
-  // A reference that may be selected.
-  struct Measured {
-    double distance;  // see exact_distance()
-    int64_t original;
-    T y;
-    Lane<T> index;
-  };
 
   // The nearest or the farthest; of those that tie, the first.
   const Measured& extreme(const std::vector<Measured>& candidates, bool farthest) const {
@@ -827,11 +832,12 @@ class Mined {
   void set_reach(int64_t i, typename Group<T>::Anchor& anchor) const {
     constexpr T kEverything = std::numeric_limits<T>::infinity();
     const int64_t count = negatives_sought(anchor);
+    const RoundingBound& bound = count <= kFewThresholds ? bound_ : fine_bound_;
     anchor.values.assign(count, kEverything);
     anchor.certain.assign(count + 1, kEverything);
     for (int64_t t = 0; t < count && negative_ == NegativeRule::SemiHard; ++t) {
       const T y = anchor.positives[t].first;
-      const double error = rounding_error(bound_, a_.norm[i], -2 * double(y));
+      const double error = rounding_error(bound, a_.norm[i], -2 * double(y));
       anchor.values[t] = t ? std::max(anchor.values[t - 1], T(y + error)) : T(y + error);
       anchor.certain[t] = T(y - error);
     }
@@ -878,14 +884,13 @@ class Mined {
     each_block([&](int64_t begin, int64_t end) {
       if (any_few) kernels<T>().nearest(squares_, p, begin, end, group.thresholds.data(), bound_, candidates.data());
       if (any_many)
-        kernels<T>().negatives(squares_, p, begin, end, many.data(), {nullptr, 0}, group.y.data() + begin * P, stride);
+        kernels<T>().negatives(fine_, p, begin, end, many.data(), {nullptr, 0}, group.y.data() + begin * P, stride);
     });
-    std::vector<Measured> scratch;
     for (int64_t r = 0; r < P; ++r) {
       if (r + 1 < P) prefetch(group.anchors[r + 1]);
       if (many[r].count) settle_many(p * P + r, group.y.data() + r * stride, group.anchors[r], group);
       else if (group.thresholds[r].count)
-        settle_negatives(p * P + r, group.anchors[r], candidates[r].crowded, scratch);
+        settle_negatives(p * P + r, group.anchors[r], candidates[r].crowded, group.candidates);
     }
   }
 
@@ -932,65 +937,97 @@ class Mined {
       for (auto& positive : anchor.positives) positive.first = with_root(positive.first);
   }
 
-  // The same of an anchor of many thresholds, from y of all of its negatives: what is in doubt is measured once.
+  // The same of an anchor of many thresholds, from y of all of its negatives. What is in doubt is measured once, in the
+  // order in which the rows lie in memory.
   void settle_many(int64_t i, const T* y, typename Group<T>::Anchor& anchor, Group<T>& group) const {
     constexpr T kNone = -std::numeric_limits<T>::infinity();
     const int64_t count = int64_t(anchor.positives.size());
     Descending<T>& negatives = group.negatives;
     negatives.fill(y, r_.panels * panel(), anchor.values[count - 1]);
-    group.exact.assign(negatives.size(), std::numeric_limits<double>::quiet_NaN());
+    group.wanted.assign(r_.count, 0);
+    group.exact.resize(r_.count);
+    group.doubts.clear();
     anchor.nearest.assign(count, T(0));
     anchor.nearest_index.assign(count, Lane<T>(-1));
-    std::optional<Measured> farthest;
-    std::optional<Ranking> ranking;
-    std::vector<Measured> candidates;
-    int64_t budget = 16 * (count + negatives.size());  // of looks; where too many are in doubt, all are put in order
-    for (int64_t t = 0; t < count; ++t) {
-      auto& [own, index] = anchor.positives[t];
+    int64_t budget = 8 * count + negatives.size();  // of looks; where too many are in doubt, all are put in order
+    for (int64_t t = 0; t < count && budget >= 0; ++t) {
       T floor = kNone, nearest = T(0);
-      int64_t first = 0, last = 0;  // places of the candidates
-      if (!ranking)
-        negatives.each_below(anchor.values[t], group.sort, [&](int64_t place) {
-          const T here = negatives[place].first;
-          if (here < floor || budget-- < 0) return false;
-          if (first == last) first = last = place + 1;
-          if (floor == kNone && here < anchor.certain[t])
-            floor = T(here - T(rounding_error(bound_, a_.norm[i], -2 * double(here))));
-          first = place;
-          nearest = here;
-          return true;
-        });
-      if (budget < 0 && !ranking) ranking.emplace(*this, i);
-      if (!ranking && last - first == 1 && nearest < anchor.certain[t]) {
+      int64_t first = 0, last = 0;
+      negatives.each_below(anchor.values[t], group.sort, [&](int64_t place) {
+        const T here = negatives[place].first;
+        if (here < floor || budget-- < 0) return false;
+        if (first == last) last = place + 1;
+        if (floor == kNone && here < anchor.certain[t])
+          floor = T(here - T(rounding_error(fine_bound_, a_.norm[i], -2 * double(here))));
+        first = place;
+        nearest = here;
+        return true;
+      });
+      if (last - first == 1 && nearest < anchor.certain[t]) {
         anchor.nearest[t] = with_root(nearest);
         anchor.nearest_index[t] = negatives[first].second;
         continue;
       }
-      const double beyond = exact_distance(exact_, a_.order[i], r_.order[index]) + tie_;
+      group.doubts.push_back({t, first, last});
+      group.wanted[r_.order[anchor.positives[t].second]] = 1;
+      for (int64_t place = first; place < last; ++place) group.wanted[r_.order[negatives[place].second]] = 1;
+    }
+    if (budget < 0) {
+      rank_many(i, anchor);
+    } else {
+      measure_wanted(i, group);
+      settle_doubts(i, y, anchor, group);
+    }
+    for (auto& positive : anchor.positives) positive.first = with_root(positive.first);
+  }
+
+  void measure_wanted(int64_t i, Group<T>& group) const {
+    auto& rows = group.rows;
+    rows.clear();
+    for (int64_t o = 0; o < r_.count; ++o)
+      if (group.wanted[o]) rows.push_back(o);
+    for (size_t k = 0; k < rows.size(); ++k) {
+      if (k + 2 < rows.size()) prefetch(r_.place[rows[k + 2]]);
+      group.exact[rows[k]] = exact_distance(exact_, a_.order[i], rows[k]);
+    }
+  }
+
+  void settle_doubts(int64_t i, const T* y, typename Group<T>::Anchor& anchor, Group<T>& group) const {
+    std::optional<Measured> farthest;
+    for (const auto& [t, first, last] : group.doubts) {
+      const double beyond = group.exact[r_.order[anchor.positives[t].second]] + tie_;
+      auto& candidates = group.candidates;
       candidates.clear();
-      for (int64_t place = first; place < last && !ranking; ++place) {
-        const auto& [at, j] = negatives[place];
-        double& distance = group.exact[place];
-        if (std::isnan(distance)) distance = exact_distance(exact_, a_.order[i], r_.order[j]);
-        if (distance > beyond) candidates.push_back({distance, r_.order[j], at, j});
+      for (int64_t place = first; place < last; ++place) {
+        const auto& [at, j] = group.negatives[place];
+        const int64_t o = r_.order[j];
+        if (group.exact[o] > beyond) candidates.push_back({group.exact[o], o, at, j});
       }
-      if (ranking) candidates.push_back(ranking->nearest_beyond(beyond));
       if (candidates.empty()) {
-        if (!farthest && !(farthest = farthest_of(i, y))) return;  // no negative is finite
+        if (!farthest && !(farthest = farthest_of(i, y))) continue;  // no negative is finite
         candidates.push_back(*farthest);
       }
       const Measured& chosen = extreme(candidates, false);
       anchor.nearest[t] = y_of(chosen.distance);
       anchor.nearest_index[t] = chosen.index;
     }
-    for (auto& positive : anchor.positives) positive.first = with_root(positive.first);
+  }
+
+  void rank_many(int64_t i, typename Group<T>::Anchor& anchor) const {
+    Ranking ranking(*this, i);
+    for (size_t t = 0; t < anchor.positives.size(); ++t) {
+      const double beyond = ranking.distance_of(r_.order[anchor.positives[t].second]) + tie_;
+      const Measured& chosen = ranking.nearest_beyond(beyond);
+      anchor.nearest[t] = y_of(chosen.distance);
+      anchor.nearest_index[t] = chosen.index;
+    }
   }
 
   // The farthest negative, from y of all.
   std::optional<Measured> farthest_of(int64_t i, const T* y) const {
     T lowest = std::numeric_limits<T>::infinity();
     for (int64_t j = 0; j < r_.count; ++j) lowest = y[j] < lowest ? y[j] : lowest;
-    const T most = T(lowest + T(rounding_error(bound_, a_.norm[i], -2 * double(lowest))));
+    const T most = T(lowest + T(rounding_error(fine_bound_, a_.norm[i], -2 * double(lowest))));
     std::vector<Measured> candidates;
     for (int64_t j = 0; j < r_.count; ++j)
       if (y[j] <= most) candidates.push_back({0, r_.order[j], y[j], Lane<T>(j)});
@@ -1041,22 +1078,27 @@ class Mined {
   // that the candidates are too many.
   class Ranking {
    public:
-    Ranking(const Mined& mined, int64_t i) : tie_(mined.tie_) {
+    Ranking(const Mined& mined, int64_t i)
+        : mined_(mined), anchor_(mined.a_.order[i]), known_(mined.r_.count, std::numeric_limits<double>::quiet_NaN()) {
       const Side<T>& r = mined.r_;
       std::call_once(mined.equal_once_, [&] { mined.first_equal_ = first_equal_rows(r); });
-      std::vector<double> known(r.count, std::numeric_limits<double>::quiet_NaN());
       ranked_.reserve(r.count);
       for (int64_t original = 0; original < r.count; ++original) {
         const int64_t j = r.place[original];
         if (r.group.get()[j] == kNoGroup || r.group.get()[j] == mined.a_.klass[i]) continue;
-        double& distance = known[mined.first_equal_[original]];
-        if (std::isnan(distance)) distance = exact_distance(mined.exact_, mined.a_.order[i], original);
-        ranked_.push_back({distance, original, T(0), Lane<T>(j)});
+        ranked_.push_back({distance_of(original), original, T(0), Lane<T>(j)});
       }
       const auto before = [](const Measured& p, const Measured& q) { return p.distance < q.distance; };
       if (!std::is_sorted(ranked_.begin(), ranked_.end(), before))
         std::stable_sort(ranked_.begin(), ranked_.end(), before);
       find_first_of_ties();
+    }
+
+    // Of the anchor and a reference.
+    double distance_of(int64_t original) {
+      double& distance = known_[mined_.first_equal_[original]];
+      if (std::isnan(distance)) distance = exact_distance(mined_.exact_, anchor_, original);
+      return distance;
     }
 
     // The nearest whose distance is more than that; or else the farthest.
@@ -1074,15 +1116,17 @@ class Mined {
       for (int64_t k = int64_t(ranked_.size()) - 1; k >= 0; --k) {
         while (!window.empty() && ranked_[window.back()].original > ranked_[k].original) window.pop_back();
         window.push_back(k);
-        while (ranked_[window.front()].distance > ranked_[k].distance + tie_) window.pop_front();
+        while (ranked_[window.front()].distance > ranked_[k].distance + mined_.tie_) window.pop_front();
         first_[k] = window.front();
       }
       farthest_ = int64_t(ranked_.size()) - 1;
-      for (int64_t k = farthest_ - 1; k >= 0 && ranked_[k].distance >= ranked_.back().distance - tie_; --k)
+      for (int64_t k = farthest_ - 1; k >= 0 && ranked_[k].distance >= ranked_.back().distance - mined_.tie_; --k)
         if (ranked_[k].original < ranked_[farthest_].original) farthest_ = k;
     }
 
-    double tie_;
+    const Mined& mined_;
+    int64_t anchor_;
+    std::vector<double> known_;  // of the first of equal rows
     std::vector<Measured> ranked_;
     std::vector<int64_t> first_;
     int64_t farthest_ = -1;
@@ -1284,8 +1328,9 @@ class Mined {
 
   Problem<T> problem_;
   const Side<T>&a_, &r_;
-  Pairing<T> pairing_, squares_;  // as distances are measured, and without a root, as they are compared
-  RoundingBound bound_;
+  // As distances are measured; and without a root, as they are compared, by anchors of few thresholds and of many.
+  Pairing<T> pairing_, squares_, fine_;
+  RoundingBound bound_, fine_bound_;
   Exact<T> exact_;
   double tie_;
   mutable std::once_flag equal_once_;

@@ -135,7 +135,7 @@ static void row_distances(const Pairing<T>& pairing, int64_t i, int64_t begin, i
   };
   walk<T>(
       pairing.a.data, pairing.a.bias, pairing.b, false, {panel, panel + 1, begin, end}, [](int64_t, int64_t) {}, visit,
-      [](int64_t) {}, [i](int64_t row, int64_t) { return row == i; });
+      [](int64_t) {}, [i](int64_t row, int64_t) { return row == i; }, pairing.chain);
 }
 
 // Walks one panel of anchors that have thresholds: visit(tile, first row within the panel, panel of b, whether there
@@ -161,7 +161,7 @@ TRIPLET_INLINE void walk_negatives(const Pairing<T>& pairing, int64_t panel, int
   };
   const auto want = [&](int64_t i, int64_t bp) { return live && wanted(i - first, bp); };
   walk<T>(pairing.a.data, pairing.a.bias, pairing.b, false, {panel, panel + 1, begin_panel, end_panel}, start, see,
-          stop, want);
+          stop, want, pairing.chain);
 }
 
 TRIPLET_INLINE bool marked(Marks marks, int64_t i, int64_t bp) {

@@ -677,7 +677,7 @@ static void settle(const T* panel, const T* bias, const Panels<T>& b, int64_t b_
 template <typename T>
 static constexpr Kernels<T> make_kernels() {
   return {kPanel<T>,       kTileRows,        inspect<T>,         square<T>,  pack<T>,     hardest<T>,   settle<T>,
-          exact_square<T>, row_distances<T>, excess<T>,          nearest<T>, weigh<T>,    negatives<T>, soft_excess<T>,
+          exact_square<T>, row_distances<T>, nearest<T>,         excess<T>,  weigh<T>,    negatives<T>, soft_excess<T>,
           soft_weigh<T>,   pull_anchors<T>,  pull_references<T>, forward<T>, backward<T>, gather<T>};
 }
 

@@ -30,6 +30,7 @@ constexpr int64_t kSoftColumns = 4096;    // negatives that an anchor's sums of 
 constexpr int64_t kListed = 1 << 19;      // triplets that are held at a time, of whole panels
 constexpr int64_t kMeasured = 1 << 15;    // of these, what is measured and pulls at a time
 constexpr int64_t kPiece = 256;           // of these, one thread's
+constexpr int64_t kCrowd = 256;           // candidates of an anchor that one thread holds
 
 // Ascending by y, equal ones as they came.
 template <typename T>
@@ -191,9 +192,8 @@ struct Group {
   struct Anchor {
     std::vector<std::pair<T, Lane<T>>> positives;  // those taken: y ascending, and the packed reference
     std::vector<T> values, of, sums;               // see Thresholds
-    std::vector<T> certain, floor, value;          // see Candidates
-    std::vector<Lane<T>> head, index, next;
-    std::vector<T> nearest;       // the negative of each threshold
+    std::vector<T> certain;                        // see Reach
+    std::vector<T> nearest;                        // the negative of each threshold
     std::vector<Lane<T>> nearest_index;
     std::vector<double> pulls;  // on each threshold
   };
@@ -286,9 +286,10 @@ class Mined {
 
   // The positive and the negative of each anchor, where the rules take one of each.
   void select(int64_t* positive, int64_t* negative) const {
+    const Found found = find_candidates();
     each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
       choose_positives(p, group);
-      choose_negatives(p, group);
+      choose_negatives(p, group, found);
       each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
         positive[a_.order[i]] = r_.order[pos.index];
         negative[a_.order[i]] = r_.order[neg.index];
@@ -331,13 +332,15 @@ class Mined {
   // Of each anchor, in the caller's order; `saved` is for the backward.
   Sums forward(int32_t* saved, int64_t width) const {
     Sums sums = no_sums();
+    Found found;
+    if (negative_ != NegativeRule::All) found = find_candidates();
     each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
       choose_positives(p, group);
       if (negative_ == NegativeRule::All) {
         add_all(p, group, marks_fit(width) ? reinterpret_cast<uint32_t*>(saved) : nullptr, sums);
         return;
       }
-      choose_negatives(p, group);
+      choose_negatives(p, group, found);
       each_triplet(p, group, [&](int64_t i, int64_t rank, Taken<T> pos, Taken<T> neg) {
         const int64_t o = a_.order[i];
         sums.add(o, triplet_loss_of(excess_of(i, pos, neg), measure_), distance_of(i, pos), distance_of(i, neg));
@@ -351,9 +354,10 @@ class Mined {
   // The same with `swap`, which takes the distance of a positive and a negative: triplet by triplet.
   Sums forward_swapped() const {
     Sums sums = no_sums();
+    const Found found = find_candidates();
     each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
       choose_positives(p, group);
-      choose_negatives(p, group);
+      choose_negatives(p, group, found);
       const auto add = [&] {
         const int64_t count = group.triplets.size();
         group.triplet_distances.resize(3 * count);
@@ -391,6 +395,8 @@ class Mined {
     const Buffer<T> tiles(strip * groups * r_.panels * tile);
     std::vector<uint32_t> bits(strip * groups * words);
     std::vector<std::vector<Pair<T>>> pairs(strip);
+    Found found;
+    if (negative_ != NegativeRule::All && !negatives_fit(width)) found = find_candidates();
     for (int64_t from = 0; from < a_.panels; from += strip) {
       const int64_t to = std::min(a_.panels, from + strip);
       std::fill(bits.begin(), bits.end(), 0);
@@ -402,7 +408,7 @@ class Mined {
         const Strip here = strip_of(p);
         auto& alone = pairs[p - from];
         alone.clear();
-        weigh(p, group, weight, saved, width, here, alone);
+        weigh(p, group, weight, saved, width, here, found, alone);
         for (const Pair<T>& pair : alone)
           pull(pair.weight, x.get() + pair.i * depth, r + pair.j * depth, depth, on_x.rows.get() + pair.i * depth);
         each_block([&](int64_t begin, int64_t end) {
@@ -436,12 +442,13 @@ class Mined {
   void backward_swapped(const Weight<T>& weight, T* grad_x, T* grad_r) const {
     const int64_t strip = std::clamp<int64_t>(kListed / (panel() * std::max<int64_t>(1, most_)), 1, a_.panels);
     Pulls<T> pulls(a_.count, problem_.symmetric ? 0 : r_.count, a_.depth);
+    const Found found = find_candidates();
     for (int64_t from = 0; from < a_.panels; from += strip) {
       const int64_t to = std::min(a_.panels, from + strip);
       std::vector<Triplets> listed(to - from);
       each_panel(from, to, [&](int64_t p, Group<T>& group) {
         choose_positives(p, group);
-        choose_negatives(p, group);
+        choose_negatives(p, group, found);
         each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
           listed[p - from].add(a_.order[i], r_.order[pos.index], r_.order[neg.index]);
         });
@@ -708,16 +715,22 @@ class Mined {
   // Whether pairs are selected by their distance, not taken all; then distances have no root.
   bool selects() const { return positive_ != PositiveRule::All || negative_ != NegativeRule::All; }
 
-  // The nearest or the farthest; of those that tie, the first.
-  const Measured& extreme(const std::vector<Measured>& candidates, bool farthest) const {
+  // The nearest or the farthest of those that are `wanted`; of those that tie, the first. nullptr: there is none.
+  template <typename F>
+  const Measured* extreme(const std::vector<Measured>& candidates, bool farthest, F wanted) const {
     const double sign = farthest ? -1 : 1;
     double best = std::numeric_limits<double>::infinity();
-    for (const Measured& candidate : candidates) best = std::min(best, sign * candidate.distance);
+    for (const Measured& candidate : candidates)
+      if (wanted(candidate)) best = std::min(best, sign * candidate.distance);
     const Measured* chosen = nullptr;
     for (const Measured& candidate : candidates)
-      if (sign * candidate.distance <= best + tie_ && (!chosen || candidate.original < chosen->original))
+      if (wanted(candidate) && sign * candidate.distance <= best + tie_ &&
+          (!chosen || candidate.original < chosen->original))
         chosen = &candidate;
-    return *chosen;
+    return chosen;
+  }
+  const Measured& extreme(const std::vector<Measured>& candidates, bool farthest) const {
+    return *extreme(candidates, farthest, [](const Measured&) { return true; });
   }
 
   // y of a pair from its differences, in float64.
@@ -843,92 +856,196 @@ class Mined {
     }
   }
 
-  // Of few thresholds.
-  Candidates<T> candidates_of(int64_t i, typename Group<T>::Anchor& anchor) const {
-    constexpr T kEverything = std::numeric_limits<T>::infinity();
-    const int64_t count = negatives_sought(anchor), room = 32 * (count + 1) + 4 * count;
-    anchor.floor.assign(count + 1, -kEverything);
-    if (negative_ == NegativeRule::Hard) anchor.floor[count] = kEverything;
-    anchor.head.assign(count + 1, Lane<T>(-1));
-    anchor.value.resize(room);
-    anchor.index.resize(room);
-    anchor.next.resize(room);
-    return {anchor.certain.data(), anchor.floor.data(), anchor.head.data(), anchor.value.data(), anchor.index.data(),
-            anchor.next.data(),    a_.norm[i],          Lane<T>(count),     Lane<T>(room)};
-  }
-
   // How many negatives an anchor's triplets have: one for each of its positives, or one for all.
   int64_t negatives_sought(const typename Group<T>::Anchor& anchor) const {
     return negative_ == NegativeRule::Hard ? !anchor.positives.empty() : int64_t(anchor.positives.size());
   }
 
+  // What find_candidates() knows of the anchors of few thresholds.
+  struct Found {
+    std::vector<T> values, certain, floor;  // see Reach
+    std::vector<uint8_t> live;
+    std::vector<Candidate<T>> candidates;  // by anchor
+    std::vector<int64_t> start;            // of those of each packed anchor
+    int64_t slots = 0, stride = 0;
+
+    Reach<T> reach(const Side<T>& a, T* own_floor) const {
+      return {values.data(), certain.data(), own_floor, live.data(), a.norm.data(), slots, stride};
+    }
+    // Whether it may be the one beyond a threshold, floors as they are.
+    bool wants(const T* own_floor, const Candidate<T>& c) const {
+      bool wanted = -c.y >= own_floor[slots * stride + c.anchor];
+      for (int64_t at = c.anchor; at < slots * stride; at += stride) wanted |= c.y < values[at] && c.y >= own_floor[at];
+      return wanted;
+    }
+    // So many negatives are so close to each other that they are not candidates, but all are looked at.
+    bool crowded(int64_t i) const { return floor[i] == std::numeric_limits<T>::infinity(); }
+  };
+
+  // What one thread finds.
+  struct Finder : Candidates<T> {
+    Finder(Found& found, std::mutex& mutex) : found(found), mutex(mutex), floor(found.floor) {
+      list.resize(std::max<int64_t>(1 << 14, 8 * found.stride));
+      this->data = list.data();
+      this->count = 0;
+      this->room = int64_t(list.size());
+      this->make_room = [](Candidates<T>& self) { static_cast<Finder&>(self).drop(); };
+    }
+
+    // What all threads know of the floors.
+    void share() {
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (size_t k = 0; k < floor.size(); ++k) floor[k] = found.floor[k] = std::max(floor[k], found.floor[k]);
+    }
+
+    void drop_below() {
+      const auto below = [&](const Candidate<T>& c) { return !found.wants(floor.data(), c); };
+      this->count = std::remove_if(list.begin(), list.begin() + this->count, below) - list.begin();
+    }
+
+    void drop() {
+      share();
+      drop_below();
+      if (this->count > this->room / 2) {
+        std::vector<int64_t> each(found.stride);
+        for (int64_t k = 0; k < this->count; ++k) ++each[list[k].anchor];
+        for (int64_t i = 0; i < found.stride; ++i)
+          for (int64_t slot = 0; each[i] > kCrowd && slot <= found.slots; ++slot)
+            floor[slot * found.stride + i] = std::numeric_limits<T>::infinity();
+        drop_below();
+      }
+      if (this->count > this->room / 2) list.resize(2 * list.size());
+      this->data = list.data();
+      this->room = int64_t(list.size());
+    }
+
+    Found& found;
+    std::mutex& mutex;
+    std::vector<T> floor;
+    std::vector<Candidate<T>> list;
+  };
+
+  // The candidates of all anchors of few thresholds, from every tile once.
+  Found find_candidates() const {
+    constexpr T kEverything = std::numeric_limits<T>::infinity();
+    const int64_t P = panel();
+    Found found;
+    found.stride = a_.panels * P;
+    found.slots = negative_ == NegativeRule::Hard ? 1 : std::min<int64_t>(most_, kFewThresholds);
+    found.values.assign(found.slots * found.stride, -kEverything);
+    found.certain = found.values;
+    found.floor.assign((found.slots + 1) * found.stride, -kEverything);
+    std::fill_n(found.floor.data() + found.slots * found.stride, found.stride, kEverything);
+    found.live.assign(a_.panels, 0);
+    found.start.assign(found.stride + 1, 0);
+    each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
+      choose_positives(p, group);
+      for (int64_t r = 0; r < P; ++r) {
+        auto& anchor = group.anchors[r];
+        const int64_t count = negatives_sought(anchor), i = p * P + r;
+        if (count == 0 || count > kFewThresholds) continue;
+        set_reach(i, anchor);
+        found.live[p] = 1;
+        for (int64_t t = 0; t < count; ++t) {
+          found.values[t * found.stride + i] = anchor.values[t];
+          found.certain[t * found.stride + i] = anchor.certain[t];
+        }
+        if (negative_ == NegativeRule::SemiHard) found.floor[found.slots * found.stride + i] = -kEverything;
+      }
+    });
+    if (std::find(found.live.begin(), found.live.end(), 1) == found.live.end()) return found;
+
+    const int64_t threads = serial_ ? 1 : at::get_num_threads();
+    int64_t block = std::min<int64_t>(block_, 16);
+    const auto blocks = [&](const Side<T>& side) { return (side.panels + block - 1) / block; };
+    while (block > 1 && threads > 1 && blocks(a_) * blocks(r_) < 16 * threads) block /= 2;
+    const int64_t columns = blocks(r_);
+    std::mutex mutex;
+    std::deque<Finder> finders;
+    for (int64_t thread = 0; thread < threads; ++thread) finders.emplace_back(found, mutex);
+    Tasks tasks(blocks(a_) * columns);
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        Finder& mine = finders[thread];
+        const Reach<T> reach = found.reach(a_, mine.floor.data());
+        for (int64_t task; tasks.take(task);) {
+          const int64_t i = task / columns, j = task % columns;
+          if (problem_.symmetric && j < i) continue;
+          const Block here{i * block, std::min(a_.panels, (i + 1) * block), j * block,
+                           std::min(r_.panels, (j + 1) * block)};
+          kernels<T>().nearest(squares_, problem_.symmetric, here, reach, bound_, mine);
+        }
+      }
+    });
+    for (Finder& finder : finders) finder.share();
+    for (Finder& finder : finders) {
+      finder.floor = found.floor;
+      finder.drop_below();
+      for (int64_t k = 0; k < finder.count; ++k) ++found.start[finder.list[k].anchor + 1];
+    }
+    for (int64_t i = 0; i < found.stride; ++i) found.start[i + 1] += found.start[i];
+    found.candidates.resize(found.start[found.stride]);
+    std::vector<int64_t> next(found.start.begin(), found.start.end() - 1);
+    for (const Finder& finder : finders)
+      for (int64_t k = 0; k < finder.count; ++k) found.candidates[next[finder.list[k].anchor]++] = finder.list[k];
+    return found;
+  }
+
   // The negative of each pair.
-  void choose_negatives(int64_t p, Group<T>& group) const {
+  void choose_negatives(int64_t p, Group<T>& group, const Found& found) const {
     const int64_t P = panel(), stride = r_.panels * P;
-    std::vector<Candidates<T>> candidates(P);
     std::vector<Thresholds<T>> many(P);
-    bool any_few = false, any_many = false;
+    bool any_many = false;
     for (int64_t r = 0; r < P; ++r) {
       auto& anchor = group.anchors[r];
-      group.thresholds[r] = {};
-      if (anchor.positives.empty()) continue;
       const int64_t count = negatives_sought(anchor);
-      const bool few = count <= kFewThresholds;
+      if (count <= kFewThresholds) continue;
+      any_many = true;
       set_reach(p * P + r, anchor);
-      (few ? group.thresholds : many)[r] =
-          Thresholds<T>{anchor.values.data(), nullptr, T(0), nullptr, T(0), Lane<T>(count)};
-      if (few) candidates[r] = candidates_of(p * P + r, anchor);
-      (few ? any_few : any_many) = true;
+      many[r] = {anchor.values.data(), nullptr, T(0), nullptr, T(0), Lane<T>(count)};
     }
-    if (any_many) group.y.resize(P * stride);
-    each_block([&](int64_t begin, int64_t end) {
-      if (any_few) kernels<T>().nearest(squares_, p, begin, end, group.thresholds.data(), bound_, candidates.data());
-      if (any_many)
+    if (any_many) {
+      group.y.resize(P * stride);
+      each_block([&](int64_t begin, int64_t end) {
         kernels<T>().negatives(fine_, p, begin, end, many.data(), {nullptr, 0}, group.y.data() + begin * P, stride);
-    });
+      });
+    }
     for (int64_t r = 0; r < P; ++r) {
-      if (r + 1 < P) prefetch(group.anchors[r + 1]);
+      if (r + 1 < P) prefetch(p * P + r + 1, group.anchors[r + 1], found);
       if (many[r].count) settle_many(p * P + r, group.y.data() + r * stride, group.anchors[r], group);
-      else if (group.thresholds[r].count)
-        settle_negatives(p * P + r, group.anchors[r], candidates[r].crowded, group.candidates);
+      else if (!group.anchors[r].positives.empty()) settle_few(p * P + r, group.anchors[r], found, group.candidates);
     }
   }
 
   // Decides between an anchor's candidates, exactly, and gives all of its pairs the y that they are measured by: from
   // the differences, but for anchors of very many positives.
-  void settle_negatives(int64_t i, typename Group<T>::Anchor& anchor, bool crowded,
-                        std::vector<Measured>& candidates) const {
-    const int64_t count = negatives_sought(anchor);
+  void settle_few(int64_t i, typename Group<T>::Anchor& anchor, const Found& found,
+                  std::vector<Measured>& candidates) const {
+    const double infinite = std::numeric_limits<double>::infinity();
+    const int64_t count = negatives_sought(anchor), end = found.slots * found.stride;
     const bool measures = int64_t(anchor.positives.size()) <= kFewThresholds;
     anchor.nearest.assign(count, T(0));
     anchor.nearest_index.assign(count, Lane<T>(-1));
+    candidates.clear();
+    for (int64_t k = found.start[i]; k < found.start[i + 1]; ++k) {
+      const auto& [own, j, y] = found.candidates[k];
+      candidates.push_back({exact_distance(exact_, a_.order[i], r_.order[j]), r_.order[j], y, j});
+    }
     std::optional<Ranking> ranking;
-    if (crowded) ranking.emplace(*this, i);
+    if (found.crowded(i)) ranking.emplace(*this, i);
     for (int64_t t = 0; t < count; ++t) {
-      auto& positive = anchor.positives[t];
-      double beyond = -std::numeric_limits<double>::infinity();  // what the distance has to be more than
-      const auto measure_positive = [&] {
-        const double distance = exact_distance(exact_, a_.order[i], r_.order[positive.second]);
-        if (negative_ == NegativeRule::SemiHard) beyond = distance + tie_;
-        return distance;
-      };
-      candidates.clear();
-      if (!ranking) gather_candidates(anchor, t, candidates);
-      const bool clear = candidates.size() == 1 && candidates[0].y < anchor.certain[t];
-      if (measures) positive.first = y_of(measure_positive());
-      else if (!clear) measure_positive();
-      if (!clear || measures) measure_all(i, candidates);
-      if (!clear) keep_beyond(beyond, candidates);
-      const bool farthest = candidates.empty() && !ranking;
-      if (ranking) candidates.assign(1, ranking->nearest_beyond(beyond));
-      if (farthest) {
-        gather_farthest(anchor, candidates);
-        measure_all(i, candidates);
-      }
-      if (candidates.empty()) return;  // no negative is finite
-      const Measured& chosen = extreme(candidates, farthest);
-      anchor.nearest[t] = clear && !measures ? with_root(chosen.y) : y_of(chosen.distance);
-      anchor.nearest_index[t] = chosen.index;
+      const double own = exact_distance(exact_, a_.order[i], r_.order[anchor.positives[t].second]);
+      if (measures) anchor.positives[t].first = y_of(own);
+      const double beyond = negative_ == NegativeRule::SemiHard ? own + tie_ : -infinite;
+      const T value = found.values[t * found.stride + i], floor = found.floor[t * found.stride + i];
+      const Measured* chosen = ranking ? &ranking->nearest_beyond(beyond) : extreme(candidates, false, [&](const auto& c) {
+        return c.y < value && c.y >= floor && c.distance > beyond;
+      });
+      if (!chosen)
+        chosen = extreme(candidates, true, [&](const auto& c) { return -c.y >= found.floor[end + i]; });
+      if (!chosen) return;  // no negative is finite
+      anchor.nearest[t] = y_of(chosen->distance);
+      anchor.nearest_index[t] = chosen->index;
     }
     if (measures && negative_ == NegativeRule::Hard)
       for (size_t t = 1; t < anchor.positives.size(); ++t)
@@ -1036,13 +1153,11 @@ class Mined {
     return extreme(candidates, true);
   }
 
-  // The rows that settle_negatives() will measure: they lie anywhere, and waiting for each would take most of the time.
-  void prefetch(const typename Group<T>::Anchor& anchor) const {
+  // The rows that settle_few() will measure: they lie anywhere, and waiting for each would take most of the time.
+  void prefetch(int64_t i, const typename Group<T>::Anchor& anchor, const Found& found) const {
     if (anchor.positives.size() > kFewThresholds) return;
     for (const auto& positive : anchor.positives) prefetch(positive.second);
-    for (size_t t = 0; t < anchor.positives.size() && t + 1 < anchor.head.size(); ++t)
-      for (Lane<T> k = anchor.head[t]; k >= 0; k = anchor.next[k])
-        if (anchor.value[k] >= anchor.floor[t]) prefetch(anchor.index[k]);
+    for (int64_t k = found.start[i]; k < found.start[i + 1]; ++k) prefetch(found.candidates[k].reference);
   }
   void prefetch(int64_t j) const {
     constexpr int64_t kLine = 64 / sizeof(T), kMost = 1024;
@@ -1052,26 +1167,6 @@ class Mined {
 
   void measure_all(int64_t i, std::vector<Measured>& candidates) const {
     for (Measured& c : candidates) c.distance = exact_distance(exact_, a_.order[i], c.original);
-  }
-
-  static void keep_beyond(double distance, std::vector<Measured>& candidates) {
-    const auto within = [=](const Measured& c) { return !(c.distance > distance); };
-    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), within), candidates.end());
-  }
-
-  // What may be the nearest negative beyond threshold t.
-  void gather_candidates(const typename Group<T>::Anchor& anchor, int64_t t, std::vector<Measured>& candidates) const {
-    for (Lane<T> k = anchor.head[t]; k >= 0; k = anchor.next[k])
-      if (anchor.value[k] >= anchor.floor[t])
-        candidates.push_back({0, r_.order[anchor.index[k]], anchor.value[k], anchor.index[k]});
-  }
-
-  // What may be the farthest of all negatives.
-  void gather_farthest(const typename Group<T>::Anchor& anchor, std::vector<Measured>& candidates) const {
-    const size_t t = anchor.head.size() - 1;
-    for (Lane<T> k = anchor.head[t]; k >= 0; k = anchor.next[k])
-      if (anchor.value[k] >= anchor.floor[t])
-        candidates.push_back({0, r_.order[anchor.index[k]], -anchor.value[k], anchor.index[k]});
   }
 
   // All negatives of an anchor in order of their exact distance: for those whose negatives are so close to each other
@@ -1180,7 +1275,7 @@ class Mined {
 
   // The weights of a panel of anchors.
   void weigh(int64_t p, Group<T>& group, const Weight<T>& weight, const int32_t* saved, int64_t width,
-             const Strip& strip, std::vector<Pair<T>>& pairs) const {
+             const Strip& strip, const Found& found, std::vector<Pair<T>>& pairs) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, tile = P * tile_rows;
     const uint32_t* marks = marks_fit(width) ? reinterpret_cast<const uint32_t*>(saved) : nullptr;
     if (negative_ == NegativeRule::All && marks) {
@@ -1232,7 +1327,7 @@ class Mined {
       return;
     }
     if (negatives_fit(width)) recall_negatives(p, group, saved, width);
-    else choose_negatives(p, group);
+    else choose_negatives(p, group, found);
     // Many positives may have one negative, and their slopes be equal.
     struct {
       int64_t r;

@@ -346,6 +346,7 @@ class Mined {
         sums.add(o, triplet_loss_of(excess_of(i, pos, neg), measure_), distance_of(i, pos), distance_of(i, neg));
         if (negatives_fit(width) && (rank == 0 || negative_ == NegativeRule::SemiHard))
           saved[i * width + rank] = int32_t(neg.index);
+        if (distances_fit(width)) std::memcpy(saved_distance(saved, i, rank, width), &neg.y, sizeof(T));
       });
     });
     return sums;
@@ -536,6 +537,8 @@ class Mined {
     return std::min(kMost, (kRange - std::ilogb(std::max(margin, 1.0))) / 2);
   }
 
+  static constexpr int64_t kWords = sizeof(T) / sizeof(int32_t);
+
   static int64_t panel() { return kernels<T>().panel; }
   int64_t positives_of(int64_t i) const {
     const int64_t self = problem_.packed_self[i];  // as a reference it may have another label
@@ -596,6 +599,13 @@ class Mined {
     return (a_.count + rows - 1) / rows * words() <= a_.count * width;
   }
   bool negatives_fit(int64_t width) const { return negative_ == NegativeRule::Hard ? width > 0 : most_ <= width; }
+
+  // Behind them, if there is room, y of the negatives.
+  bool distances_fit(int64_t width) const { return most_ * (1 + kWords) <= width; }
+  template <typename I>
+  I* saved_distance(I* saved, int64_t i, int64_t rank, int64_t width) const {
+    return saved + i * width + most_ + rank * kWords;
+  }
 
   template <typename F>
   void each(int64_t count, F f) const {
@@ -1017,41 +1027,48 @@ class Mined {
     }
   }
 
-  // Decides between an anchor's candidates, exactly, and gives all of its pairs the y that they are measured by: from
-  // the differences, but for anchors of very many positives.
+  // Decides between an anchor's candidates, exactly, and gives all of its pairs the y that they are measured by.
   void settle_few(int64_t i, typename Group<T>::Anchor& anchor, const Found& found,
                   std::vector<Measured>& candidates) const {
-    const double infinite = std::numeric_limits<double>::infinity();
+    constexpr double infinite = std::numeric_limits<double>::infinity();
+    constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
     const int64_t count = negatives_sought(anchor), end = found.slots * found.stride;
-    const bool measures = int64_t(anchor.positives.size()) <= kFewThresholds;
     anchor.nearest.assign(count, T(0));
     anchor.nearest_index.assign(count, Lane<T>(-1));
     candidates.clear();
     for (int64_t k = found.start[i]; k < found.start[i + 1]; ++k) {
       const auto& [own, j, y] = found.candidates[k];
-      candidates.push_back({exact_distance(exact_, a_.order[i], r_.order[j]), r_.order[j], y, j});
+      candidates.push_back({kUnknown, r_.order[j], y, j});
     }
+    // Of those whose y is `within`, the nearest or the farthest beyond that distance; nullptr: none.
+    const auto choose = [&](bool farthest, double beyond, auto within) {
+      for (Measured& c : candidates)
+        if (within(c.y) && std::isnan(c.distance)) c.distance = exact_distance(exact_, a_.order[i], c.original);
+      return extreme(candidates, farthest, [&](const auto& c) { return within(c.y) && c.distance > beyond; });
+    };
     std::optional<Ranking> ranking;
     if (found.crowded(i)) ranking.emplace(*this, i);
     for (int64_t t = 0; t < count; ++t) {
-      const double own = exact_distance(exact_, a_.order[i], r_.order[anchor.positives[t].second]);
-      if (measures) anchor.positives[t].first = y_of(own);
-      const double beyond = negative_ == NegativeRule::SemiHard ? own + tie_ : -infinite;
+      double beyond = -infinite;
+      if (negative_ == NegativeRule::SemiHard)
+        beyond = exact_distance(exact_, a_.order[i], r_.order[anchor.positives[t].second]) + tie_;
       const T value = found.values[t * found.stride + i], floor = found.floor[t * found.stride + i];
-      const Measured* chosen = ranking ? &ranking->nearest_beyond(beyond) : extreme(candidates, false, [&](const auto& c) {
-        return c.y < value && c.y >= floor && c.distance > beyond;
+      const T far = -found.floor[end + i];
+      const Measured* chosen = ranking ? &ranking->nearest_beyond(beyond) : choose(false, beyond, [=](T y) {
+        return y < value && y >= floor;
       });
-      if (!chosen)
-        chosen = extreme(candidates, true, [&](const auto& c) { return -c.y >= found.floor[end + i]; });
+      if (!chosen) chosen = choose(true, -infinite, [=](T y) { return y <= far; });
       if (!chosen) return;  // no negative is finite
       anchor.nearest[t] = y_of(chosen->distance);
       anchor.nearest_index[t] = chosen->index;
     }
-    if (measures && negative_ == NegativeRule::Hard)
-      for (size_t t = 1; t < anchor.positives.size(); ++t)
-        anchor.positives[t].first = measured(i, anchor.positives[t].second);
-    if (!measures)
-      for (auto& positive : anchor.positives) positive.first = with_root(positive.first);
+    measure_positives(i, anchor);
+  }
+
+  // y that an anchor's positives are measured by: from the differences, but for anchors of very many positives.
+  void measure_positives(int64_t i, typename Group<T>::Anchor& anchor) const {
+    const bool few = int64_t(anchor.positives.size()) <= kFewThresholds;
+    for (auto& [y, j] : anchor.positives) y = few ? measured(i, j) : with_root(y);
   }
 
   // The same of an anchor of many thresholds, from y of all of its negatives. What is in doubt is measured once, in the
@@ -1095,7 +1112,7 @@ class Mined {
       measure_wanted(i, group);
       settle_doubts(i, y, anchor, group);
     }
-    for (auto& positive : anchor.positives) positive.first = with_root(positive.first);
+    measure_positives(i, anchor);
   }
 
   void measure_wanted(int64_t i, Group<T>& group) const {
@@ -1244,11 +1261,13 @@ class Mined {
       const int64_t i = p * panel() + r, count = negatives_sought(anchor);
       anchor.nearest.resize(count);
       anchor.nearest_index.resize(count);
+      for (int64_t t = 0; t < count; ++t) anchor.nearest_index[t] = Lane<T>(saved[i * width + t]);
       for (const auto& positive : anchor.positives) prefetch(positive.second);
-      for (int64_t t = 0; t < count; ++t) prefetch(saved[i * width + t]);
-      for (int64_t t = 0; t < count; ++t)
-        anchor.nearest[t] = measured(i, anchor.nearest_index[t] = Lane<T>(saved[i * width + t]));
-      for (auto& [y, j] : anchor.positives) y = measured(i, j);  // alike, so that what ties there ties here
+      for (int64_t t = 0; t < count; ++t) {
+        if (distances_fit(width)) std::memcpy(&anchor.nearest[t], saved_distance(saved, i, t, width), sizeof(T));
+        else anchor.nearest[t] = measured(i, anchor.nearest_index[t]);
+      }
+      measure_positives(i, anchor);
     }
   }
 

@@ -289,34 +289,39 @@ static void nearest(const Pairing<T>& pairing, bool symmetric, Block block, cons
     const bool rows = reach.live[i / P], columns = symmetric && i / P != bp && reach.live[bp];
     const int64_t farthest = reach.slots * reach.stride;
     M in_row[kTileRows][kTileVectors], in_column[kTileRows][kTileVectors], some{};
-    for (int c = 0; c < kTileVectors; ++c) {
-      const V far = columns ? -load(reach.floor + farthest + j + c * W) : V{};
-#pragma GCC unroll 8
-      for (int r = 0; r < kTileRows; ++r) {
-        in_row[r][c] = rows ? tile[r][c] <= -reach.floor[farthest + i + r] : M{};
-        in_column[r][c] = columns ? tile[r][c] <= far : M{};
-      }
-    }
-    for (int64_t at = 0; at < farthest; at += reach.stride) {
-      for (int r = 0; rows && r < kTileRows; ++r) {
+    for (int r = 0; r < kTileRows; ++r) {
+      M here[kTileVectors] = {};
+      const T far = -reach.floor[farthest + i + r];
+#pragma GCC unroll 4
+      for (int c = 0; rows && c < kTileVectors; ++c) here[c] = tile[r][c] <= far;
+      for (int64_t at = 0; rows && at < farthest; at += reach.stride) {
         const T value = reach.values[at + i + r], floor = reach.floor[at + i + r];
 #pragma GCC unroll 4
-        for (int c = 0; c < kTileVectors; ++c) in_row[r][c] |= (tile[r][c] < value) & (tile[r][c] >= floor);
+        for (int c = 0; c < kTileVectors; ++c) here[c] |= (tile[r][c] < value) & (tile[r][c] >= floor);
       }
-      for (int c = 0; columns && c < kTileVectors; ++c) {
-        const V value = load(reach.values + at + j + c * W), floor = load(reach.floor + at + j + c * W);
-#pragma GCC unroll 8
-        for (int r = 0; r < kTileRows; ++r) in_column[r][c] |= (tile[r][c] < value) & (tile[r][c] >= floor);
-      }
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileVectors; ++c) some |= in_row[r][c] = here[c];
     }
-    for (int r = 0; r < kTileRows; ++r)
-      for (int c = 0; c < kTileVectors; ++c) some |= in_row[r][c] | in_column[r][c];
+    for (int c = 0; columns && c < kTileVectors; ++c) {
+      const int64_t column = j + c * W;
+      M here[kTileRows];
+      const V far = -load(reach.floor + farthest + column);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) here[r] = tile[r][c] <= far;
+      for (int64_t at = 0; at < farthest; at += reach.stride) {
+        const V value = load(reach.values + at + column), floor = load(reach.floor + at + column);
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r) here[r] |= (tile[r][c] < value) & (tile[r][c] >= floor);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) some |= in_column[r][c] = here[r];
+    }
     if (!any(some)) return;
     if (candidates.room - candidates.count < 2 * kTileRows * P) candidates.make_room(candidates);
     for (int r = 0; r < kTileRows; ++r)
       for (int c = 0; c < kTileVectors; ++c) {
         if (any(in_row[r][c])) add(in_row[r][c], tile[r][c], i + r, j + c * W, false);
-        if (any(in_column[r][c])) add(in_column[r][c], tile[r][c], j + c * W, i + r, true);
+        if (columns && any(in_column[r][c])) add(in_column[r][c], tile[r][c], j + c * W, i + r, true);
       }
   };
   walk<T>(

@@ -30,7 +30,7 @@ constexpr int64_t kSoftColumns = 4096;    // negatives that an anchor's sums of 
 constexpr int64_t kListed = 1 << 19;      // triplets that are held at a time, of whole panels
 constexpr int64_t kMeasured = 1 << 15;    // of these, what is measured and pulls at a time
 constexpr int64_t kPiece = 256;           // of these, one thread's
-constexpr int64_t kCrowd = 256;           // candidates of an anchor that one thread holds
+constexpr int64_t kCrowd = 128;           // candidates of an anchor that one thread holds
 
 // Ascending by y, equal ones as they came.
 template <typename T>
@@ -246,7 +246,6 @@ class Mined {
         a_(problem_.a),
         r_(problem_.r),
         pairing_{a_.view(), r_.view(), measure.distance == Distance::Euclidean},
-        squares_{pairing_.a, pairing_.b, false},
         fine_{pairing_.a, pairing_.b, false, kFineChain},
         bound_(rounding_bound(problem_)),
         fine_bound_(rounding_bound(problem_, kFineChain)),
@@ -727,19 +726,19 @@ class Mined {
 
   // The nearest or the farthest of those that are `wanted`; of those that tie, the first. nullptr: there is none.
   template <typename F>
-  const Measured* extreme(const std::vector<Measured>& candidates, bool farthest, F wanted) const {
+  const Measured* extreme(std::vector<Measured>& candidates, bool farthest, F wanted) const {
     const double sign = farthest ? -1 : 1;
     double best = std::numeric_limits<double>::infinity();
-    for (const Measured& candidate : candidates)
+    for (Measured& candidate : candidates)
       if (wanted(candidate)) best = std::min(best, sign * candidate.distance);
     const Measured* chosen = nullptr;
-    for (const Measured& candidate : candidates)
+    for (Measured& candidate : candidates)
       if (wanted(candidate) && sign * candidate.distance <= best + tie_ &&
           (!chosen || candidate.original < chosen->original))
         chosen = &candidate;
     return chosen;
   }
-  const Measured& extreme(const std::vector<Measured>& candidates, bool farthest) const {
+  const Measured& extreme(std::vector<Measured>& candidates, bool farthest) const {
     return *extreme(candidates, farthest, [](const Measured&) { return true; });
   }
 
@@ -895,7 +894,7 @@ class Mined {
   // What one thread finds.
   struct Finder : Candidates<T> {
     Finder(Found& found, std::mutex& mutex) : found(found), mutex(mutex), floor(found.floor) {
-      list.resize(std::max<int64_t>(1 << 14, 8 * found.stride));
+      list.resize(std::max<int64_t>(1 << 14, (4 + 2 * found.slots) * found.stride));
       this->data = list.data();
       this->count = 0;
       this->room = int64_t(list.size());
@@ -935,8 +934,24 @@ class Mined {
     std::vector<Candidate<T>> list;
   };
 
-  // The candidates of all anchors of few thresholds, from every tile once.
+  // The candidates of all anchors of few thresholds.
   Found find_candidates() const {
+    Found found = few_thresholds();
+    if (std::find(found.live.begin(), found.live.end(), 1) == found.live.end()) return found;
+    const std::vector<T> floor = found.floor;
+    look(found, r_, problem_.symmetric);
+    int64_t crowded = 0;
+    for (int64_t i = 0; i < a_.count; ++i) crowded += found.crowded(i);
+    if (crowded * kManyDoubts < a_.count) return found;
+    // Usually because many rows are equal.
+    const std::vector<int64_t> packed = first_negatives(r_, first_equal());
+    found.floor = floor;
+    look(found, r_.subset(packed, problem_.scale, problem_.centre), false);
+    for (Candidate<T>& candidate : found.candidates) candidate.reference = Lane<T>(packed[candidate.reference]);
+    return found;
+  }
+
+  Found few_thresholds() const {
     constexpr T kEverything = std::numeric_limits<T>::infinity();
     const int64_t P = panel();
     Found found;
@@ -963,13 +978,17 @@ class Mined {
         if (negative_ == NegativeRule::SemiHard) found.floor[found.slots * found.stride + i] = -kEverything;
       }
     });
-    if (std::find(found.live.begin(), found.live.end(), 1) == found.live.end()) return found;
+    return found;
+  }
 
+  // Looks at every tile once.
+  void look(Found& found, const Side<T>& among, bool symmetric) const {
+    const Pairing<T> squares{pairing_.a, among.view(), false};
     const int64_t threads = serial_ ? 1 : at::get_num_threads();
     int64_t block = std::min<int64_t>(block_, 16);
     const auto blocks = [&](const Side<T>& side) { return (side.panels + block - 1) / block; };
-    while (block > 1 && threads > 1 && blocks(a_) * blocks(r_) < 16 * threads) block /= 2;
-    const int64_t columns = blocks(r_);
+    while (block > 1 && threads > 1 && blocks(a_) * blocks(among) < 16 * threads) block /= 2;
+    const int64_t columns = blocks(among);
     std::mutex mutex;
     std::deque<Finder> finders;
     for (int64_t thread = 0; thread < threads; ++thread) finders.emplace_back(found, mutex);
@@ -980,14 +999,15 @@ class Mined {
         const Reach<T> reach = found.reach(a_, mine.floor.data());
         for (int64_t task; tasks.take(task);) {
           const int64_t i = task / columns, j = task % columns;
-          if (problem_.symmetric && j < i) continue;
+          if (symmetric && j < i) continue;
           const Block here{i * block, std::min(a_.panels, (i + 1) * block), j * block,
-                           std::min(r_.panels, (j + 1) * block)};
-          kernels<T>().nearest(squares_, problem_.symmetric, here, reach, bound_, mine);
+                           std::min(among.panels, (j + 1) * block)};
+          kernels<T>().nearest(squares, symmetric, here, reach, bound_, mine);
         }
       }
     });
     for (Finder& finder : finders) finder.share();
+    found.start.assign(found.stride + 1, 0);
     for (Finder& finder : finders) {
       finder.floor = found.floor;
       finder.drop_below();
@@ -998,7 +1018,6 @@ class Mined {
     std::vector<int64_t> next(found.start.begin(), found.start.end() - 1);
     for (const Finder& finder : finders)
       for (int64_t k = 0; k < finder.count; ++k) found.candidates[next[finder.list[k].anchor]++] = finder.list[k];
-    return found;
   }
 
   // The negative of each pair.
@@ -1042,9 +1061,11 @@ class Mined {
     }
     // Of those whose y is `within`, the nearest or the farthest beyond that distance; nullptr: none.
     const auto choose = [&](bool farthest, double beyond, auto within) {
-      for (Measured& c : candidates)
-        if (within(c.y) && std::isnan(c.distance)) c.distance = exact_distance(exact_, a_.order[i], c.original);
-      return extreme(candidates, farthest, [&](const auto& c) { return within(c.y) && c.distance > beyond; });
+      return extreme(candidates, farthest, [&](Measured& c) {
+        if (!within(c.y)) return false;
+        if (std::isnan(c.distance)) c.distance = exact_distance(exact_, a_.order[i], c.original);
+        return c.distance > beyond;
+      });
     };
     std::optional<Ranking> ranking;
     if (found.crowded(i)) ranking.emplace(*this, i);
@@ -1186,14 +1207,18 @@ class Mined {
     for (Measured& c : candidates) c.distance = exact_distance(exact_, a_.order[i], c.original);
   }
 
+  const std::vector<int64_t>& first_equal() const {
+    std::call_once(equal_once_, [&] { first_equal_ = first_equal_rows(r_); });
+    return first_equal_;
+  }
+
   // All negatives of an anchor in order of their exact distance: for those whose negatives are so close to each other
   // that the candidates are too many.
   class Ranking {
    public:
     Ranking(const Mined& mined, int64_t i)
-        : mined_(mined), anchor_(mined.a_.order[i]), known_(mined.r_.count, std::numeric_limits<double>::quiet_NaN()) {
+        : mined_(mined), first_equal_(mined.first_equal()), anchor_(mined.a_.order[i]), known_(mined.r_.count, std::numeric_limits<double>::quiet_NaN()) {
       const Side<T>& r = mined.r_;
-      std::call_once(mined.equal_once_, [&] { mined.first_equal_ = first_equal_rows(r); });
       ranked_.reserve(r.count);
       for (int64_t original = 0; original < r.count; ++original) {
         const int64_t j = r.place[original];
@@ -1208,7 +1233,7 @@ class Mined {
 
     // Of the anchor and a reference.
     double distance_of(int64_t original) {
-      double& distance = known_[mined_.first_equal_[original]];
+      double& distance = known_[first_equal_[original]];
       if (std::isnan(distance)) distance = exact_distance(mined_.exact_, anchor_, original);
       return distance;
     }
@@ -1237,6 +1262,7 @@ class Mined {
     }
 
     const Mined& mined_;
+    const std::vector<int64_t>& first_equal_;
     int64_t anchor_;
     std::vector<double> known_;  // of the first of equal rows
     std::vector<Measured> ranked_;
@@ -1442,8 +1468,7 @@ class Mined {
 
   Problem<T> problem_;
   const Side<T>&a_, &r_;
-  // As distances are measured; and without a root, as they are compared, by anchors of few thresholds and of many.
-  Pairing<T> pairing_, squares_, fine_;
+  Pairing<T> pairing_, fine_;  // as distances are measured; and without a root, as they are compared
   RoundingBound bound_, fine_bound_;
   Exact<T> exact_;
   double tie_;

@@ -19,6 +19,7 @@ namespace triplet_ext {
 
 constexpr int64_t kCentreRows = 64;          // a sample is enough: a centre need not be the mean
 constexpr int64_t kBlockBytes = 192 << 10;   // of packed columns, to stay in the second-level cache
+constexpr int64_t kManyDoubts = 4;           // anchors in doubt: as many as one in so many
 constexpr double kSerialProducts = 4 << 20;  // below this, starting threads costs more than it saves
 
 // Row numbers by label, stable. Radix sort on the bytes in which the labels differ at all.
@@ -289,9 +290,9 @@ struct Problem {
 };
 
 template <typename T>
-RoundingBound rounding_bound(const Problem<T>& problem) {
+RoundingBound rounding_bound(const Problem<T>& problem, int64_t most = kChain) {
   const Side<T>&a = problem.a, &r = problem.r;
-  const int64_t depth = a.depth, chain = std::min<int64_t>(depth, kChain) + (depth + kChain - 1) / kChain;
+  const int64_t depth = a.depth, chain = std::min(depth, most) + (depth + most - 1) / most;
   RoundingBound bound;
   bound.unit = std::numeric_limits<T>::epsilon() / 2;
   bound.product = 2 * double(chain + 1) * bound.unit;
@@ -335,6 +336,21 @@ std::vector<int64_t> first_equal_rows(const Side<T>& side) {
     }
   }
   return first;
+}
+
+// Of rows that are equal feature by feature, those that decide which one is an anchor's nearest negative: the first in
+// the caller's order, or else the first of another class. Packed, ascending.
+template <typename T>
+std::vector<int64_t> first_negatives(const Side<T>& r, const std::vector<int64_t>& first_equal) {
+  std::vector<int64_t> other(r.count, -1), packed;
+  for (int64_t o = 0; o < r.count; ++o) {
+    const int64_t first = first_equal[o];
+    const bool second = other[first] < 0 && r.labels[o] != r.labels[first];
+    if (first == o || second) packed.push_back(r.place[o]);
+    if (second) other[first] = o;
+  }
+  std::sort(packed.begin(), packed.end());
+  return packed;
 }
 
 // What measures pairs exactly: from the given rows, by original row numbers.

@@ -43,8 +43,8 @@ struct Panels {
   int64_t depth;
 };
 constexpr int kNoGroup = -1;
-// Features whose products are added up in one chain.
-constexpr int kChain = 128;
+// Features whose products are added up in one chain; and where rounding is to leave less in doubt, for some time more.
+constexpr int kChain = 128, kFineChain = 32;
 
 // The best value of each row, the second best, and where the best is. Values are -d/2 for the nearest and d/2
 // for the farthest, so that in both cases the largest wins. Ties need no rule: where best and second are too
@@ -102,6 +102,7 @@ template <typename T>
 struct Pairing {
   Panels<T> a, b;
   bool root;
+  int chain = kChain;
 };
 
 // What an anchor's negatives are compared with, ascending. A negative is active for the thresholds below its y, and
@@ -168,21 +169,30 @@ TRIPLET_FN double rounding_error(const RoundingBound& bound, double norm, double
   return 1.1 * (bound.product * norm * other + bound.rest * reach * reach + scaling) + bound.absolute;
 }
 
-// The negatives that may be the nearest one beyond each of an anchor's thresholds: a linked list for each. With few
-// thresholds, each has all of its own; beyond kFewThresholds, it has those that are not below the threshold before,
-// too. One more list, of -y, is for the farthest of all negatives, which is taken where none lies beyond.
+// What the negatives of anchors of few thresholds are compared with, by packed anchor: [slots][stride] each, a slot for
+// each threshold.
+template <typename T>
+struct Reach {
+  const T* values;      // what is below may lie beyond the threshold; where there is none, -infinity
+  const T* certain;     // what is below does, whatever rounding did
+  T* floor;             // what is below is not the nearest: the largest y below `certain`, less its error. One more slot,
+                        // of -y, is for the farthest of all negatives, which is taken where none lies beyond
+  const uint8_t* live;  // [panels]: whether an anchor of a panel has a threshold
+  const double* norm;   // of the anchors
+  int64_t slots, stride;
+};
+
+// A negative that may be the one beyond a threshold of an anchor, and some that were before the floors rose.
+template <typename T>
+struct Candidate {
+  Lane<T> anchor, reference;  // packed
+  T y;
+};
 template <typename T>
 struct Candidates {
-  const T* certain;  // [count + 1]: what is below lies beyond the threshold, whatever rounding did
-  T* floor;          // [count + 1]: what is below is not the one: the largest value below `certain`, less its error
-  Lane<T>* head;     // [count + 1]: -1: none
-  T* value;          // [room]
-  Lane<T>* index;    // [room]: packed reference
-  Lane<T>* next;     // [room]
-  double norm;       // of the anchor
-  Lane<T> count, room;
-  Lane<T> used = 0, free = -1;  // places that were ever taken, and the list of those that are free again
-  bool crowded = false;         // there are too many: the floors are out of reach, and nothing here counts
+  Candidate<T>* data;
+  int64_t count, room;
+  void (*make_room)(Candidates&);  // for some more
 };
 
 // Which tiles of kTileRows anchors and one panel hold something: a bit each, `words` of 32 to kTileRows anchors.
@@ -262,10 +272,12 @@ struct Kernels {
 
   // y of one tile's rows, from packed row i on, and panels [begin, end): [tile rows][(end - begin) * panel].
   void (*row_distances)(const Pairing<T>& pairing, int64_t i, int64_t begin, int64_t end, T* y);
-  // One panel of anchors against panels [begin, end), negatives only. thresholds, excess, candidates: [panel]; marks
-  // and weights: of this panel of anchors.
+  // Collects candidates of the rows of a and, if symmetric, of b too.
+  void (*nearest)(const Pairing<T>& pairing, bool symmetric, Block block, const Reach<T>& reach,
+                  const RoundingBound& bound, Candidates<T>& candidates);
+  // One panel of anchors against panels [begin, end), negatives only. thresholds, excess: [panel]; marks and weights:
+  // of this panel of anchors.
   //   excess     adds to `excess`, and marks the tiles with an active triplet
-  //   nearest    collects `candidates`
   //   weigh      writes the tiles that are marked, but for pairs that are close, as long as there is room for these,
   //   and
   //              the sums of an anchor's weights of each threshold to `pulls` [count]
@@ -273,8 +285,6 @@ struct Kernels {
   //              else in rows of tiles in which an anchor has thresholds
   void (*excess)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
                  Excess* excess, Marks marks);
-  void (*nearest)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
-                  const RoundingBound& bound, Candidates<T>* candidates);
   void (*weigh)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,
                 const T* weight, double* const* pulls, Marks marks, Weights<T> weights, Pairs<T>* close);
   void (*negatives)(const Pairing<T>& pairing, int64_t a, int64_t begin, int64_t end, const Thresholds<T>* thresholds,

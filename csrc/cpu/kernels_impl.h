@@ -439,15 +439,15 @@ TRIPLET_INLINE void multiply_chain(const T* a, const T* b, int64_t depth,
   }
 }
 
-// The inner products over all features, in chains of kChain, whose rounding errors are then bounded by that of kChain
+// The inner products over all features, in chains, whose rounding errors are then bounded by that of so many
 // sums. The order of the sums is the same in every tile, so that equal rows give equal products bit by bit.
 template <typename T>
-TRIPLET_INLINE void multiply(const T* a, const T* b, int64_t depth,
+TRIPLET_INLINE void multiply(const T* a, const T* b, int64_t depth, int64_t chain,
                              typename Simd<T>::V (&tile)[kTileRows][kTileVectors]) {
-  multiply_chain(a, b, depth < kChain ? depth : int64_t(kChain), tile);
-  for (int64_t k = kChain; k < depth; k += kChain) {
+  multiply_chain(a, b, depth < chain ? depth : chain, tile);
+  for (int64_t k = chain; k < depth; k += chain) {
     typename Simd<T>::V more[kTileRows][kTileVectors];
-    multiply_chain(a + k * kPanel<T>, b + k * kPanel<T>, depth - k < kChain ? depth - k : int64_t(kChain), more);
+    multiply_chain(a + k * kPanel<T>, b + k * kPanel<T>, depth - k < chain ? depth - k : chain, more);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
@@ -464,7 +464,7 @@ struct Always {
 };
 template <typename T, typename Begin, typename Visit, typename End, typename Wanted = Always>
 TRIPLET_INLINE void walk(const T* a_data, const T* a_bias, const Panels<T>& b, bool symmetric, Block block, Begin begin,
-                         Visit visit, End end, Wanted wanted = {}) {
+                         Visit visit, End end, Wanted wanted = {}, int64_t chain = kChain) {
   using V = typename Simd<T>::V;
   constexpr int P = kPanel<T>, W = kWidth<T>;
   for (int64_t ap = block.a_begin; ap < block.a_end; ++ap) {
@@ -474,7 +474,7 @@ TRIPLET_INLINE void walk(const T* a_data, const T* a_bias, const Panels<T>& b, b
       for (int64_t bp = from; bp < block.b_end; ++bp) {
         if (!wanted(i, bp)) continue;
         V tile[kTileRows][kTileVectors];
-        multiply(a_data + ap * P * b.depth + (i - ap * P), b.data + bp * P * b.depth, b.depth, tile);
+        multiply(a_data + ap * P * b.depth + (i - ap * P), b.data + bp * P * b.depth, b.depth, chain, tile);
 #pragma GCC unroll 4
         for (int c = 0; c < kTileVectors; ++c) {
           const V bias = load(b.bias + bp * P + c * W);
@@ -677,7 +677,7 @@ static void settle(const T* panel, const T* bias, const Panels<T>& b, int64_t b_
 template <typename T>
 static constexpr Kernels<T> make_kernels() {
   return {kPanel<T>,       kTileRows,        inspect<T>,         square<T>,  pack<T>,     hardest<T>,   settle<T>,
-          exact_square<T>, row_distances<T>, excess<T>,          nearest<T>, weigh<T>,    negatives<T>, soft_excess<T>,
+          exact_square<T>, row_distances<T>, nearest<T>,         excess<T>,  weigh<T>,    negatives<T>, soft_excess<T>,
           soft_weigh<T>,   pull_anchors<T>,  pull_references<T>, forward<T>, backward<T>, gather<T>};
 }
 

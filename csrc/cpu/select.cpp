@@ -18,8 +18,6 @@
 namespace triplet_ext {
 namespace {
 
-constexpr int64_t kManyDoubts = 4;  // as many as one row in so many
-
 // Top2 of every packed row.
 template <typename T>
 struct Best {
@@ -127,28 +125,18 @@ std::pair<Doubts<T>, Doubts<T>> certify(const Problem<T>& problem, const Scan<T>
   return doubts;
 }
 
-// Of rows that are equal feature by feature, those that come first in the caller's order decide for all. An anchor's
-// nearest negative is the first of them, or else the first of another class; its farthest positive is the first of its
-// class, or else, where the anchor is that one itself, the second.
+// Of rows that are equal feature by feature, those that decide which one is an anchor's farthest positive: the first of
+// its class in the caller's order, or else, where the anchor is that one itself, the second. Packed, ascending.
 template <typename T>
-std::pair<std::vector<int64_t>, std::vector<int64_t>> representatives(const Side<T>& r) {
-  const std::vector<int64_t> first = first_equal_rows(r);
-  std::vector<int64_t> other(r.count, -1), seen(r.count, -1), of_class(r.count, 0);
-  std::pair<std::vector<int64_t>, std::vector<int64_t>> packed;
-  for (int64_t o = 0; o < r.count; ++o) {
-    int64_t& second = other[first[o]];
-    const bool another = r.labels[o] != r.labels[first[o]];
-    if (first[o] == o || (second < 0 && another)) packed.first.push_back(r.place[o]);
-    if (second < 0 && another) second = o;
-  }
+std::vector<int64_t> first_positives(const Side<T>& r, const std::vector<int64_t>& first_equal) {
+  std::vector<int64_t> seen(r.count, -1), of_class(r.count, 0), packed;
   // Within a class, original order: `seen` is the class in which a group of equal rows was met last.
   for (int64_t i = 0; i < r.count; ++i) {
-    const int64_t group = first[r.order[i]];
+    const int64_t group = first_equal[r.order[i]];
     if (seen[group] != r.klass[i]) of_class[group] = 0;
     seen[group] = r.klass[i];
-    if (++of_class[group] <= 2) packed.second.push_back(i);
+    if (++of_class[group] <= 2) packed.push_back(i);
   }
-  std::sort(packed.first.begin(), packed.first.end());
   return packed;
 }
 
@@ -188,10 +176,10 @@ void select(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool
     settle(problem, farthest, r, r.order, positive, negative);
   } else {
     // Usually because many rows are equal: compared one by one, they would cost as many exact distances as pairs.
-    const auto [of_nearest, of_farthest] = representatives(r);
-    const Side<T> few = r.subset(of_nearest, problem.scale, problem.centre);
+    const std::vector<int64_t> first = first_equal_rows(r);
+    const Side<T> few = r.subset(first_negatives(r, first), problem.scale, problem.centre);
     settle(problem, nearest, few, few.order, positive, negative);
-    const Side<T> of_classes = r.subset(of_farthest, problem.scale, problem.centre);
+    const Side<T> of_classes = r.subset(first_positives(r, first), problem.scale, problem.centre);
     settle(problem, farthest, of_classes, of_classes.order, positive, negative);
   }
   select_not_finite(problem.a, problem.r, problem.self, positive, negative);

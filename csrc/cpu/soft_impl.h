@@ -162,7 +162,7 @@ static double soft_loss(const SoftRoom<T>& room, int64_t count, const Thresholds
         for (Lane<T> p = 0; p < own.count; ++p) over += larger(point - own.values[p], V{});
       } else {
         Lane<T> below[W];
-        count_below<false>(own, room.point + k, below);
+        count_below(own, room.point + k, below);
         over = excess_over<T>(own, room.point + k, below);
       }
       few += over * load(room.weight + k);
@@ -439,7 +439,7 @@ static void soft_excess(const SoftThresholds<T>& own, int64_t row, int64_t begin
     T reach[W];
     Lane<T> below[W];
     store(reach, z - kVanish<T>);
-    count_below<false>(own.thresholds, reach, below);
+    count_below(own.thresholds, reach, below);
     for (int l = 0; l < W; ++l) excess->active += below[l];
   }
   if (soft.lowest - kVanish<T> > own.thresholds.values[thresholds - 1]) excess->active += soft.real * thresholds;

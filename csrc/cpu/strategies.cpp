@@ -8,6 +8,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
+#include <array>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -30,6 +31,7 @@ constexpr int64_t kSoftColumns = 4096;    // negatives that an anchor's sums of 
 constexpr int64_t kListed = 1 << 19;      // triplets that are held at a time, of whole panels
 constexpr int64_t kMeasured = 1 << 15;    // of these, what is measured and pulls at a time
 constexpr int64_t kPiece = 256;           // of these, one thread's
+constexpr int64_t kCrowd = 128;           // candidates of an anchor that one thread holds
 
 // Ascending by y, equal ones as they came.
 template <typename T>
@@ -75,6 +77,75 @@ class Sorter {
   std::vector<uint64_t> keys_, next_;
 };
 
+// An anchor's negatives, the nearest first: put in order as far as they are looked at. They are spread over buckets of
+// equal width, each of which is sorted when it is reached.
+template <typename T>
+class Descending {
+ public:
+  using Item = std::pair<T, Lane<T>>;  // y, and the packed reference
+
+  // Of y[0, count), where NaN is none, those below `limit`.
+  void fill(const T* y, int64_t count, T limit) {
+    constexpr int kLanes = 16;
+    T lowest[kLanes];
+    std::fill_n(lowest, kLanes, limit);
+    for (int64_t j = 0; j + kLanes <= count; j += kLanes)
+      for (int l = 0; l < kLanes; ++l) lowest[l] = y[j + l] < lowest[l] ? y[j + l] : lowest[l];
+    for (int64_t j = count / kLanes * kLanes; j < count; ++j) lowest[0] = y[j] < lowest[0] ? y[j] : lowest[0];
+    least_ = *std::min_element(lowest, lowest + kLanes);
+    buckets_ = std::max<int64_t>(1, count / 4);
+    step_ = std::min(T(buckets_) / (limit - least_), std::numeric_limits<T>::max());
+    start_.assign(buckets_ + 3, 0);
+    bucket_.resize(count);
+    items_.resize(count);
+    sorted_.assign(buckets_, 0);
+    for (int64_t j = 0; j < count; ++j) bucket_[j] = y[j] < limit ? bucket_of(y[j]) : int32_t(buckets_);
+    for (int64_t j = 0; j < count; ++j) ++start_[bucket_[j] + 2];
+    for (int64_t b = 0; b <= buckets_; ++b) start_[b + 2] += start_[b + 1];
+    for (int64_t j = 0; j < count; ++j) items_[start_[bucket_[j] + 1]++] = {y[j], Lane<T>(j)};
+  }
+
+  int64_t size() const { return start_[buckets_]; }
+  const Item& operator[](int64_t place) const { return items_[place]; }
+
+  // Calls f(place) for the items below `limit`, the nearest first, until it returns false.
+  template <typename F>
+  void each_below(T limit, Sorter<T>& sort, F f) {
+    if (size() == 0 || !(limit > least_)) return;
+    for (int64_t bucket = bucket_of(limit);;) {
+      sort_bucket(bucket, sort);
+      int64_t place = start_[bucket + 1];
+      while (place > start_[bucket])
+        if (items_[--place].first < limit && !f(place)) return;
+      if (place == 0) return;
+      bucket = bucket_of(items_[place - 1].first);
+    }
+  }
+
+ private:
+  int32_t bucket_of(T y) const { return std::min(int32_t((y - least_) * step_), int32_t(buckets_ - 1)); }
+
+  void sort_bucket(int64_t bucket, Sorter<T>& sort) {
+    if (sorted_[bucket]) return;
+    sorted_[bucket] = 1;
+    const auto begin = items_.begin() + start_[bucket], end = items_.begin() + start_[bucket + 1];
+    if (end - begin <= 16) {
+      for (auto from = begin; from < end; ++from)
+        for (auto to = from; to > begin && to->first < (to - 1)->first; --to) std::swap(*to, *(to - 1));
+      return;
+    }
+    some_.assign(begin, end);
+    sort(some_);
+    std::copy(some_.begin(), some_.end(), begin);
+  }
+
+  T least_, step_;
+  int64_t buckets_ = 0;
+  std::vector<Item> items_, some_;
+  std::vector<int32_t> start_, bucket_;
+  std::vector<uint8_t> sorted_;
+};
+
 // Room for what the soft margin takes of a panel of anchors.
 template <typename T>
 class SoftSpace {
@@ -107,16 +178,23 @@ class SoftSpace {
   Buffer<int32_t> places_, starts_;
 };
 
+// A reference that may be selected.
+template <typename T>
+struct Measured {
+  double distance;  // see exact_distance()
+  int64_t original;
+  T y;
+  Lane<T> index;
+};
+
 // What is known of a panel of anchors.
 template <typename T>
 struct Group {
   struct Anchor {
     std::vector<std::pair<T, Lane<T>>> positives;  // those taken: y ascending, and the packed reference
     std::vector<T> values, of, sums;               // see Thresholds
-    std::vector<T> certain, floor, value;          // see Candidates
-    std::vector<Lane<T>> head, index, next;
-    std::vector<int64_t> before;  // the last threshold before each that ever had a candidate
-    std::vector<T> nearest;       // the negative of each threshold
+    std::vector<T> certain;                        // see Reach
+    std::vector<T> nearest;                        // the negative of each threshold
     std::vector<Lane<T>> nearest_index;
     std::vector<double> pulls;  // on each threshold
   };
@@ -128,6 +206,13 @@ struct Group {
   Triplets triplets;  // of an anchor
   std::vector<T> triplet_distances;
   Sorter<T> sort;
+  Descending<T> negatives;
+  std::vector<T> y;           // of a panel of anchors of many thresholds
+  std::vector<uint8_t> wanted;             // of each reference, in the caller's order: whether it has to be measured,
+  std::vector<double> exact;               // and what came out
+  std::vector<int64_t> rows;               // those
+  std::vector<Measured<T>> candidates;
+  std::vector<std::array<int64_t, 3>> doubts;  // a threshold, and the places of its candidates
 
   explicit Group(int64_t panel) : anchors(panel), thresholds(panel) {}
 };
@@ -163,8 +248,9 @@ class Mined {
         a_(problem_.a),
         r_(problem_.r),
         pairing_{a_.view(), r_.view(), measure.distance == Distance::Euclidean},
-        squares_{pairing_.a, pairing_.b, false},
+        fine_{pairing_.a, pairing_.b, false, kFineChain},
         bound_(rounding_bound(problem_)),
+        fine_bound_(rounding_bound(problem_, kFineChain)),
         exact_(exact_of(problem_, r_.order.data())),
         tie_(problem_.cosine ? kCosineTie : 0),
         positive_(positive),
@@ -201,9 +287,10 @@ class Mined {
 
   // The positive and the negative of each anchor, where the rules take one of each.
   void select(int64_t* positive, int64_t* negative) const {
+    const Found found = find_candidates();
     each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
       choose_positives(p, group);
-      choose_negatives(p, group);
+      choose_negatives(p, group, found);
       each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
         positive[a_.order[i]] = r_.order[pos.index];
         negative[a_.order[i]] = r_.order[neg.index];
@@ -246,18 +333,21 @@ class Mined {
   // Of each anchor, in the caller's order; `saved` is for the backward.
   Sums forward(int32_t* saved, int64_t width) const {
     Sums sums = no_sums();
+    Found found;
+    if (negative_ != NegativeRule::All) found = find_candidates();
     each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
       choose_positives(p, group);
       if (negative_ == NegativeRule::All) {
         add_all(p, group, marks_fit(width) ? reinterpret_cast<uint32_t*>(saved) : nullptr, sums);
         return;
       }
-      choose_negatives(p, group);
+      choose_negatives(p, group, found);
       each_triplet(p, group, [&](int64_t i, int64_t rank, Taken<T> pos, Taken<T> neg) {
         const int64_t o = a_.order[i];
         sums.add(o, triplet_loss_of(excess_of(i, pos, neg), measure_), distance_of(i, pos), distance_of(i, neg));
         if (negatives_fit(width) && (rank == 0 || negative_ == NegativeRule::SemiHard))
           saved[i * width + rank] = int32_t(neg.index);
+        if (distances_fit(width)) std::memcpy(saved_distance(saved, i, rank, width), &neg.y, sizeof(T));
       });
     });
     return sums;
@@ -266,9 +356,10 @@ class Mined {
   // The same with `swap`, which takes the distance of a positive and a negative: triplet by triplet.
   Sums forward_swapped() const {
     Sums sums = no_sums();
+    const Found found = find_candidates();
     each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
       choose_positives(p, group);
-      choose_negatives(p, group);
+      choose_negatives(p, group, found);
       const auto add = [&] {
         const int64_t count = group.triplets.size();
         group.triplet_distances.resize(3 * count);
@@ -306,6 +397,8 @@ class Mined {
     const Buffer<T> tiles(strip * groups * r_.panels * tile);
     std::vector<uint32_t> bits(strip * groups * words);
     std::vector<std::vector<Pair<T>>> pairs(strip);
+    Found found;
+    if (negative_ != NegativeRule::All && !negatives_fit(width)) found = find_candidates();
     for (int64_t from = 0; from < a_.panels; from += strip) {
       const int64_t to = std::min(a_.panels, from + strip);
       std::fill(bits.begin(), bits.end(), 0);
@@ -317,7 +410,7 @@ class Mined {
         const Strip here = strip_of(p);
         auto& alone = pairs[p - from];
         alone.clear();
-        weigh(p, group, weight, saved, width, here, alone);
+        weigh(p, group, weight, saved, width, here, found, alone);
         for (const Pair<T>& pair : alone)
           pull(pair.weight, x.get() + pair.i * depth, r + pair.j * depth, depth, on_x.rows.get() + pair.i * depth);
         each_block([&](int64_t begin, int64_t end) {
@@ -351,12 +444,13 @@ class Mined {
   void backward_swapped(const Weight<T>& weight, T* grad_x, T* grad_r) const {
     const int64_t strip = std::clamp<int64_t>(kListed / (panel() * std::max<int64_t>(1, most_)), 1, a_.panels);
     Pulls<T> pulls(a_.count, problem_.symmetric ? 0 : r_.count, a_.depth);
+    const Found found = find_candidates();
     for (int64_t from = 0; from < a_.panels; from += strip) {
       const int64_t to = std::min(a_.panels, from + strip);
       std::vector<Triplets> listed(to - from);
       each_panel(from, to, [&](int64_t p, Group<T>& group) {
         choose_positives(p, group);
-        choose_negatives(p, group);
+        choose_negatives(p, group, found);
         each_triplet(p, group, [&](int64_t i, int64_t, Taken<T> pos, Taken<T> neg) {
           listed[p - from].add(a_.order[i], r_.order[pos.index], r_.order[neg.index]);
         });
@@ -395,6 +489,8 @@ class Mined {
   }
 
  private:
+  using Measured = triplet_ext::Measured<T>;
+
   struct Strip {
     Weights<T> weights;
     Marks marks;
@@ -441,6 +537,8 @@ class Mined {
     constexpr int kRange = std::is_same_v<T, float> ? 100 : 900, kMost = std::is_same_v<T, float> ? 40 : 400;
     return std::min(kMost, (kRange - std::ilogb(std::max(margin, 1.0))) / 2);
   }
+
+  static constexpr int64_t kWords = sizeof(T) / sizeof(int32_t);
 
   static int64_t panel() { return kernels<T>().panel; }
   int64_t positives_of(int64_t i) const {
@@ -506,6 +604,13 @@ class Mined {
     return (a_.count + rows - 1) / rows * words() <= a_.count * width;
   }
   bool negatives_fit(int64_t width) const { return negative_ == NegativeRule::Hard ? width > 0 : most_ <= width; }
+
+  // Behind them, if there is room, y of the negatives.
+  bool distances_fit(int64_t width) const { return most_ * (1 + kWords) <= width; }
+  template <typename I>
+  I* saved_distance(I* saved, int64_t i, int64_t rank, int64_t width) const {
+    return saved + i * width + most_ + rank * kWords;
+  }
 
   template <typename F>
   void each(int64_t count, F f) const {
@@ -580,7 +685,7 @@ class Mined {
       if (begin >= end) continue;
       const int64_t first = begin / P, last = (end + P - 1) / P, stride = (last - first) * P;
       group.distances.resize(tile_rows * stride);
-      kernels<T>().row_distances(selects() ? squares_ : pairing_, p * P + g, first, last, group.distances.data());
+      kernels<T>().row_distances(selects() ? fine_ : pairing_, p * P + g, first, last, group.distances.data());
       for (int64_t r = g; r < g + tile_rows; ++r) {
         const int64_t i = p * P + r;
         if (!takes_part(i)) continue;
@@ -627,24 +732,22 @@ class Mined {
   // Whether pairs are selected by their distance, not taken all; then distances have no root.
   bool selects() const { return positive_ != PositiveRule::All || negative_ != NegativeRule::All; }
 
-  // A reference that may be selected.
-  struct Measured {
-    double distance;  // see exact_distance()
-    int64_t original;
-    T y;
-    Lane<T> index;
-  };
-
-  // The nearest or the farthest; of those that tie, the first.
-  const Measured& extreme(const std::vector<Measured>& candidates, bool farthest) const {
+  // The nearest or the farthest of those that are `wanted`; of those that tie, the first. nullptr: there is none.
+  template <typename F>
+  const Measured* extreme(std::vector<Measured>& candidates, bool farthest, F wanted) const {
     const double sign = farthest ? -1 : 1;
     double best = std::numeric_limits<double>::infinity();
-    for (const Measured& candidate : candidates) best = std::min(best, sign * candidate.distance);
+    for (Measured& candidate : candidates)
+      if (wanted(candidate)) best = std::min(best, sign * candidate.distance);
     const Measured* chosen = nullptr;
-    for (const Measured& candidate : candidates)
-      if (sign * candidate.distance <= best + tie_ && (!chosen || candidate.original < chosen->original))
+    for (Measured& candidate : candidates)
+      if (wanted(candidate) && sign * candidate.distance <= best + tie_ &&
+          (!chosen || candidate.original < chosen->original))
         chosen = &candidate;
-    return *chosen;
+    return chosen;
+  }
+  const Measured& extreme(std::vector<Measured>& candidates, bool farthest) const {
+    return *extreme(candidates, farthest, [](const Measured&) { return true; });
   }
 
   // y of a pair from its differences, in float64.
@@ -756,32 +859,17 @@ class Mined {
 
   // How far each threshold reaches, rounding considered: a negative below `values` may lie beyond the positive, and one
   // below `certain` does. Where only the nearest negative counts, all lie beyond, and the farthest is not looked for.
-  void set_reach(int64_t p, Group<T>& group, std::vector<Candidates<T>>& candidates) const {
+  void set_reach(int64_t i, typename Group<T>::Anchor& anchor) const {
     constexpr T kEverything = std::numeric_limits<T>::infinity();
-    for (int64_t r = 0; r < panel(); ++r) {
-      auto& anchor = group.anchors[r];
-      const int64_t i = p * panel() + r, count = negatives_sought(anchor);
-      int64_t padded = 1;
-      while (padded <= count) padded *= 2;
-      anchor.values.assign(padded, kEverything);
-      anchor.certain.assign(count + 1, kEverything);
-      for (int64_t t = 0; t < count && negative_ == NegativeRule::SemiHard; ++t) {
-        const T y = anchor.positives[t].first;
-        const double error = rounding_error(bound_, a_.norm[i], -2 * double(y));
-        anchor.values[t] = t ? std::max(anchor.values[t - 1], T(y + error)) : T(y + error);
-        anchor.certain[t] = T(y - error);
-      }
-      anchor.floor.assign(count + 1, -kEverything);
-      if (negative_ == NegativeRule::Hard) anchor.floor[count] = kEverything;
-      anchor.head.assign(count + 1, Lane<T>(-1));
-      const int64_t room = 32 * std::min<int64_t>(count + 1, kFewThresholds) + 4 * count;
-      anchor.value.resize(room);
-      anchor.index.resize(room);
-      anchor.next.resize(room);
-      group.thresholds[r] = {anchor.values.data(), nullptr, T(0), nullptr, T(0), Lane<T>(count)};
-      candidates[r] = {anchor.certain.data(),    anchor.floor.data(), anchor.head.data(),
-                       anchor.value.data(),      anchor.index.data(), anchor.next.data(),
-                       count ? a_.norm[i] : 0.0, Lane<T>(count),      Lane<T>(room)};
+    const int64_t count = negatives_sought(anchor);
+    const RoundingBound& bound = count <= kFewThresholds ? bound_ : fine_bound_;
+    anchor.values.assign(count, kEverything);
+    anchor.certain.assign(count + 1, kEverything);
+    for (int64_t t = 0; t < count && negative_ == NegativeRule::SemiHard; ++t) {
+      const T y = anchor.positives[t].first;
+      const double error = rounding_error(bound, a_.norm[i], -2 * double(y));
+      anchor.values[t] = t ? std::max(anchor.values[t - 1], T(y + error)) : T(y + error);
+      anchor.certain[t] = T(y - error);
     }
   }
 
@@ -790,73 +878,332 @@ class Mined {
     return negative_ == NegativeRule::Hard ? !anchor.positives.empty() : int64_t(anchor.positives.size());
   }
 
-  // The negative of each pair.
-  void choose_negatives(int64_t p, Group<T>& group) const {
-    std::vector<Candidates<T>> candidates(panel());
-    set_reach(p, group, candidates);
-    each_block([&](int64_t begin, int64_t end) {
-      kernels<T>().nearest(squares_, p, begin, end, group.thresholds.data(), bound_, candidates.data());
+  // What find_candidates() knows of the anchors of few thresholds.
+  struct Found {
+    std::vector<T> values, certain, floor;  // see Reach
+    std::vector<uint8_t> live;
+    std::vector<Candidate<T>> candidates;  // by anchor
+    std::vector<int64_t> start;            // of those of each packed anchor
+    int64_t slots = 0, stride = 0;
+
+    Reach<T> reach(const Side<T>& a, T* own_floor) const {
+      return {values.data(), certain.data(), own_floor, live.data(), a.norm.data(), slots, stride};
+    }
+    // Whether it may be the one beyond a threshold, floors as they are.
+    bool wants(const T* own_floor, const Candidate<T>& c) const {
+      bool wanted = -c.y >= own_floor[slots * stride + c.anchor];
+      for (int64_t at = c.anchor; at < slots * stride; at += stride) wanted |= c.y < values[at] && c.y >= own_floor[at];
+      return wanted;
+    }
+    // So many negatives are so close to each other that they are not candidates, but all are looked at.
+    bool crowded(int64_t i) const { return floor[i] == std::numeric_limits<T>::infinity(); }
+  };
+
+  // What one thread finds.
+  struct Finder : Candidates<T> {
+    Finder(Found& found, std::mutex& mutex) : found(found), mutex(mutex), floor(found.floor) {
+      list.resize(std::max<int64_t>(1 << 14, (4 + 2 * found.slots) * found.stride));
+      this->data = list.data();
+      this->count = 0;
+      this->room = int64_t(list.size());
+      this->make_room = [](Candidates<T>& self) { static_cast<Finder&>(self).drop(); };
+    }
+
+    // What all threads know of the floors.
+    void share() {
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (size_t k = 0; k < floor.size(); ++k) floor[k] = found.floor[k] = std::max(floor[k], found.floor[k]);
+    }
+
+    void drop_below() {
+      const auto below = [&](const Candidate<T>& c) { return !found.wants(floor.data(), c); };
+      this->count = std::remove_if(list.begin(), list.begin() + this->count, below) - list.begin();
+    }
+
+    void drop() {
+      share();
+      drop_below();
+      if (this->count > this->room / 2) {
+        std::vector<int64_t> each(found.stride);
+        for (int64_t k = 0; k < this->count; ++k) ++each[list[k].anchor];
+        for (int64_t i = 0; i < found.stride; ++i)
+          for (int64_t slot = 0; each[i] > kCrowd && slot <= found.slots; ++slot)
+            floor[slot * found.stride + i] = std::numeric_limits<T>::infinity();
+        drop_below();
+      }
+      if (this->count > this->room / 2) list.resize(2 * list.size());
+      this->data = list.data();
+      this->room = int64_t(list.size());
+    }
+
+    Found& found;
+    std::mutex& mutex;
+    std::vector<T> floor;
+    std::vector<Candidate<T>> list;
+  };
+
+  // The candidates of all anchors of few thresholds.
+  Found find_candidates() const {
+    Found found = few_thresholds();
+    if (std::find(found.live.begin(), found.live.end(), 1) == found.live.end()) return found;
+    const std::vector<T> floor = found.floor;
+    look(found, r_, problem_.symmetric);
+    int64_t crowded = 0;
+    for (int64_t i = 0; i < a_.count; ++i) crowded += found.crowded(i);
+    if (crowded * kManyDoubts < a_.count) return found;
+    // Usually because many rows are equal.
+    const std::vector<int64_t> packed = first_negatives(r_, first_equal());
+    found.floor = floor;
+    look(found, r_.subset(packed, problem_.scale, problem_.centre), false);
+    for (Candidate<T>& candidate : found.candidates) candidate.reference = Lane<T>(packed[candidate.reference]);
+    return found;
+  }
+
+  Found few_thresholds() const {
+    constexpr T kEverything = std::numeric_limits<T>::infinity();
+    const int64_t P = panel();
+    Found found;
+    found.stride = a_.panels * P;
+    found.slots = negative_ == NegativeRule::Hard ? 1 : std::min<int64_t>(most_, kFewThresholds);
+    found.values.assign(found.slots * found.stride, -kEverything);
+    found.certain = found.values;
+    found.floor.assign((found.slots + 1) * found.stride, -kEverything);
+    std::fill_n(found.floor.data() + found.slots * found.stride, found.stride, kEverything);
+    found.live.assign(a_.panels, 0);
+    found.start.assign(found.stride + 1, 0);
+    each_panel(0, a_.panels, [&](int64_t p, Group<T>& group) {
+      choose_positives(p, group);
+      for (int64_t r = 0; r < P; ++r) {
+        auto& anchor = group.anchors[r];
+        const int64_t count = negatives_sought(anchor), i = p * P + r;
+        if (count == 0 || count > kFewThresholds) continue;
+        set_reach(i, anchor);
+        found.live[p] = 1;
+        for (int64_t t = 0; t < count; ++t) {
+          found.values[t * found.stride + i] = anchor.values[t];
+          found.certain[t * found.stride + i] = anchor.certain[t];
+        }
+        if (negative_ == NegativeRule::SemiHard) found.floor[found.slots * found.stride + i] = -kEverything;
+      }
     });
-    std::vector<Measured> scratch;
-    for (int64_t r = 0; r < panel(); ++r) {
-      if (r + 1 < panel()) prefetch(group.anchors[r + 1]);
-      if (group.anchors[r].positives.empty()) continue;
-      settle_negatives(p * panel() + r, group.anchors[r], candidates[r].crowded, scratch);
+    return found;
+  }
+
+  // Looks at every tile once.
+  void look(Found& found, const Side<T>& among, bool symmetric) const {
+    const Pairing<T> squares{pairing_.a, among.view(), false};
+    const int64_t threads = serial_ ? 1 : at::get_num_threads();
+    int64_t block = std::min<int64_t>(block_, 16);
+    const auto blocks = [&](const Side<T>& side) { return (side.panels + block - 1) / block; };
+    while (block > 1 && threads > 1 && blocks(a_) * blocks(among) < 16 * threads) block /= 2;
+    const int64_t columns = blocks(among);
+    std::mutex mutex;
+    std::deque<Finder> finders;
+    for (int64_t thread = 0; thread < threads; ++thread) finders.emplace_back(found, mutex);
+    Tasks tasks(blocks(a_) * columns);
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        Finder& mine = finders[thread];
+        const Reach<T> reach = found.reach(a_, mine.floor.data());
+        for (int64_t task; tasks.take(task);) {
+          const int64_t i = task / columns, j = task % columns;
+          if (symmetric && j < i) continue;
+          const Block here{i * block, std::min(a_.panels, (i + 1) * block), j * block,
+                           std::min(among.panels, (j + 1) * block)};
+          kernels<T>().nearest(squares, symmetric, here, reach, bound_, mine);
+        }
+      }
+    });
+    for (Finder& finder : finders) finder.share();
+    found.start.assign(found.stride + 1, 0);
+    for (Finder& finder : finders) {
+      finder.floor = found.floor;
+      finder.drop_below();
+      for (int64_t k = 0; k < finder.count; ++k) ++found.start[finder.list[k].anchor + 1];
+    }
+    for (int64_t i = 0; i < found.stride; ++i) found.start[i + 1] += found.start[i];
+    found.candidates.resize(found.start[found.stride]);
+    std::vector<int64_t> next(found.start.begin(), found.start.end() - 1);
+    for (const Finder& finder : finders)
+      for (int64_t k = 0; k < finder.count; ++k) found.candidates[next[finder.list[k].anchor]++] = finder.list[k];
+  }
+
+  // The negative of each pair.
+  void choose_negatives(int64_t p, Group<T>& group, const Found& found) const {
+    const int64_t P = panel(), stride = r_.panels * P;
+    std::vector<Thresholds<T>> many(P);
+    bool any_many = false;
+    for (int64_t r = 0; r < P; ++r) {
+      auto& anchor = group.anchors[r];
+      const int64_t count = negatives_sought(anchor);
+      if (count <= kFewThresholds) continue;
+      any_many = true;
+      set_reach(p * P + r, anchor);
+      many[r] = {anchor.values.data(), nullptr, T(0), nullptr, T(0), Lane<T>(count)};
+    }
+    if (any_many) {
+      group.y.resize(P * stride);
+      each_block([&](int64_t begin, int64_t end) {
+        kernels<T>().negatives(fine_, p, begin, end, many.data(), {nullptr, 0}, group.y.data() + begin * P, stride);
+      });
+    }
+    for (int64_t r = 0; r < P; ++r) {
+      if (r + 1 < P) prefetch(p * P + r + 1, group.anchors[r + 1], found);
+      if (many[r].count) settle_many(p * P + r, group.y.data() + r * stride, group.anchors[r], group);
+      else if (!group.anchors[r].positives.empty()) settle_few(p * P + r, group.anchors[r], found, group.candidates);
     }
   }
 
-  // Decides between an anchor's candidates, exactly, and gives all of its pairs the y that they are measured by: from
-  // the differences, but for anchors of very many positives.
-  void settle_negatives(int64_t i, typename Group<T>::Anchor& anchor, bool crowded,
-                        std::vector<Measured>& candidates) const {
-    const int64_t count = negatives_sought(anchor);
-    const bool measures = int64_t(anchor.positives.size()) <= kFewThresholds;
+  // Decides between an anchor's candidates, exactly, and gives all of its pairs the y that they are measured by.
+  void settle_few(int64_t i, typename Group<T>::Anchor& anchor, const Found& found,
+                  std::vector<Measured>& candidates) const {
+    constexpr double infinite = std::numeric_limits<double>::infinity();
+    constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+    const int64_t count = negatives_sought(anchor), end = found.slots * found.stride;
     anchor.nearest.assign(count, T(0));
     anchor.nearest_index.assign(count, Lane<T>(-1));
-    anchor.before.assign(count, -1);
-    for (int64_t t = 1; t < count; ++t) anchor.before[t] = anchor.head[t - 1] >= 0 ? t - 1 : anchor.before[t - 1];
-    std::optional<Ranking> ranking;
-    if (crowded) ranking.emplace(*this, i);
-    for (int64_t t = 0; t < count; ++t) {
-      auto& positive = anchor.positives[t];
-      double beyond = -std::numeric_limits<double>::infinity();  // what the distance has to be more than
-      const auto measure_positive = [&] {
-        const double distance = exact_distance(exact_, a_.order[i], r_.order[positive.second]);
-        if (negative_ == NegativeRule::SemiHard) beyond = distance + tie_;
-        return distance;
-      };
-      candidates.clear();
-      if (!ranking) gather_candidates(i, anchor, t, candidates);
-      const bool clear = candidates.size() == 1 && candidates[0].y < anchor.certain[t];
-      if (measures) positive.first = y_of(measure_positive());
-      else if (!clear) measure_positive();
-      if (!clear || measures) measure_all(i, candidates);
-      if (!clear) keep_beyond(beyond, candidates);
-      const bool farthest = candidates.empty() && !ranking;
-      if (ranking) candidates.assign(1, ranking->nearest_beyond(beyond));
-      if (farthest) {
-        gather_farthest(anchor, candidates);
-        measure_all(i, candidates);
-      }
-      if (candidates.empty()) return;  // no negative is finite
-      const Measured& chosen = extreme(candidates, farthest);
-      anchor.nearest[t] = clear && !measures ? with_root(chosen.y) : y_of(chosen.distance);
-      anchor.nearest_index[t] = chosen.index;
+    candidates.clear();
+    for (int64_t k = found.start[i]; k < found.start[i + 1]; ++k) {
+      const auto& [own, j, y] = found.candidates[k];
+      candidates.push_back({kUnknown, r_.order[j], y, j});
     }
-    if (measures && negative_ == NegativeRule::Hard)
-      for (size_t t = 1; t < anchor.positives.size(); ++t)
-        anchor.positives[t].first = measured(i, anchor.positives[t].second);
-    if (!measures)
-      for (auto& positive : anchor.positives) positive.first = with_root(positive.first);
+    // Of those whose y is `within`, the nearest or the farthest beyond that distance; nullptr: none.
+    const auto choose = [&](bool farthest, double beyond, auto within) {
+      return extreme(candidates, farthest, [&](Measured& c) {
+        if (!within(c.y)) return false;
+        if (std::isnan(c.distance)) c.distance = exact_distance(exact_, a_.order[i], c.original);
+        return c.distance > beyond;
+      });
+    };
+    std::optional<Ranking> ranking;
+    if (found.crowded(i)) ranking.emplace(*this, i);
+    for (int64_t t = 0; t < count; ++t) {
+      double beyond = -infinite;
+      if (negative_ == NegativeRule::SemiHard)
+        beyond = exact_distance(exact_, a_.order[i], r_.order[anchor.positives[t].second]) + tie_;
+      const T value = found.values[t * found.stride + i], floor = found.floor[t * found.stride + i];
+      const T far = -found.floor[end + i];
+      const Measured* chosen = ranking ? &ranking->nearest_beyond(beyond) : choose(false, beyond, [=](T y) {
+        return y < value && y >= floor;
+      });
+      if (!chosen) chosen = choose(true, -infinite, [=](T y) { return y <= far; });
+      if (!chosen) return;  // no negative is finite
+      anchor.nearest[t] = y_of(chosen->distance);
+      anchor.nearest_index[t] = chosen->index;
+    }
+    measure_positives(i, anchor);
   }
 
-  // The rows that settle_negatives() will measure: they lie anywhere, and waiting for each would take most of the time.
-  void prefetch(const typename Group<T>::Anchor& anchor) const {
+  // y that an anchor's positives are measured by: from the differences, but for anchors of very many positives.
+  void measure_positives(int64_t i, typename Group<T>::Anchor& anchor) const {
+    const bool few = int64_t(anchor.positives.size()) <= kFewThresholds;
+    for (auto& [y, j] : anchor.positives) y = few ? measured(i, j) : with_root(y);
+  }
+
+  // The same of an anchor of many thresholds, from y of all of its negatives. What is in doubt is measured once, in the
+  // order in which the rows lie in memory.
+  void settle_many(int64_t i, const T* y, typename Group<T>::Anchor& anchor, Group<T>& group) const {
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    const int64_t count = int64_t(anchor.positives.size());
+    Descending<T>& negatives = group.negatives;
+    negatives.fill(y, r_.panels * panel(), anchor.values[count - 1]);
+    group.wanted.assign(r_.count, 0);
+    group.exact.resize(r_.count);
+    group.doubts.clear();
+    anchor.nearest.assign(count, T(0));
+    anchor.nearest_index.assign(count, Lane<T>(-1));
+    int64_t budget = 8 * count + negatives.size();  // of looks; where too many are in doubt, all are put in order
+    for (int64_t t = 0; t < count && budget >= 0; ++t) {
+      T floor = kNone, nearest = T(0);
+      int64_t first = 0, last = 0;
+      negatives.each_below(anchor.values[t], group.sort, [&](int64_t place) {
+        const T here = negatives[place].first;
+        if (here < floor || budget-- < 0) return false;
+        if (first == last) last = place + 1;
+        if (floor == kNone && here < anchor.certain[t])
+          floor = T(here - T(rounding_error(fine_bound_, a_.norm[i], -2 * double(here))));
+        first = place;
+        nearest = here;
+        return true;
+      });
+      if (last - first == 1 && nearest < anchor.certain[t]) {
+        anchor.nearest[t] = with_root(nearest);
+        anchor.nearest_index[t] = negatives[first].second;
+        continue;
+      }
+      group.doubts.push_back({t, first, last});
+      group.wanted[r_.order[anchor.positives[t].second]] = 1;
+      for (int64_t place = first; place < last; ++place) group.wanted[r_.order[negatives[place].second]] = 1;
+    }
+    if (budget < 0) {
+      rank_many(i, anchor);
+    } else {
+      measure_wanted(i, group);
+      settle_doubts(i, y, anchor, group);
+    }
+    measure_positives(i, anchor);
+  }
+
+  void measure_wanted(int64_t i, Group<T>& group) const {
+    auto& rows = group.rows;
+    rows.clear();
+    for (int64_t o = 0; o < r_.count; ++o)
+      if (group.wanted[o]) rows.push_back(o);
+    for (size_t k = 0; k < rows.size(); ++k) {
+      if (k + 2 < rows.size()) prefetch(r_.place[rows[k + 2]]);
+      group.exact[rows[k]] = exact_distance(exact_, a_.order[i], rows[k]);
+    }
+  }
+
+  void settle_doubts(int64_t i, const T* y, typename Group<T>::Anchor& anchor, Group<T>& group) const {
+    std::optional<Measured> farthest;
+    for (const auto& [t, first, last] : group.doubts) {
+      const double beyond = group.exact[r_.order[anchor.positives[t].second]] + tie_;
+      auto& candidates = group.candidates;
+      candidates.clear();
+      for (int64_t place = first; place < last; ++place) {
+        const auto& [at, j] = group.negatives[place];
+        const int64_t o = r_.order[j];
+        if (group.exact[o] > beyond) candidates.push_back({group.exact[o], o, at, j});
+      }
+      if (candidates.empty()) {
+        if (!farthest && !(farthest = farthest_of(i, y))) continue;  // no negative is finite
+        candidates.push_back(*farthest);
+      }
+      const Measured& chosen = extreme(candidates, false);
+      anchor.nearest[t] = y_of(chosen.distance);
+      anchor.nearest_index[t] = chosen.index;
+    }
+  }
+
+  void rank_many(int64_t i, typename Group<T>::Anchor& anchor) const {
+    Ranking ranking(*this, i);
+    for (size_t t = 0; t < anchor.positives.size(); ++t) {
+      const double beyond = ranking.distance_of(r_.order[anchor.positives[t].second]) + tie_;
+      const Measured& chosen = ranking.nearest_beyond(beyond);
+      anchor.nearest[t] = y_of(chosen.distance);
+      anchor.nearest_index[t] = chosen.index;
+    }
+  }
+
+  // The farthest negative, from y of all.
+  std::optional<Measured> farthest_of(int64_t i, const T* y) const {
+    T lowest = std::numeric_limits<T>::infinity();
+    for (int64_t j = 0; j < r_.count; ++j) lowest = y[j] < lowest ? y[j] : lowest;
+    const T most = T(lowest + T(rounding_error(fine_bound_, a_.norm[i], -2 * double(lowest))));
+    std::vector<Measured> candidates;
+    for (int64_t j = 0; j < r_.count; ++j)
+      if (y[j] <= most) candidates.push_back({0, r_.order[j], y[j], Lane<T>(j)});
+    if (candidates.empty()) return std::nullopt;
+    measure_all(i, candidates);
+    return extreme(candidates, true);
+  }
+
+  // The rows that settle_few() will measure: they lie anywhere, and waiting for each would take most of the time.
+  void prefetch(int64_t i, const typename Group<T>::Anchor& anchor, const Found& found) const {
     if (anchor.positives.size() > kFewThresholds) return;
     for (const auto& positive : anchor.positives) prefetch(positive.second);
-    for (size_t t = 0; t < anchor.positives.size() && t + 1 < anchor.head.size(); ++t)
-      for (Lane<T> k = anchor.head[t]; k >= 0; k = anchor.next[k])
-        if (anchor.value[k] >= anchor.floor[t]) prefetch(anchor.index[k]);
+    for (int64_t k = found.start[i]; k < found.start[i + 1]; ++k) prefetch(found.candidates[k].reference);
   }
   void prefetch(int64_t j) const {
     constexpr int64_t kLine = 64 / sizeof(T), kMost = 1024;
@@ -868,59 +1215,35 @@ class Mined {
     for (Measured& c : candidates) c.distance = exact_distance(exact_, a_.order[i], c.original);
   }
 
-  static void keep_beyond(double distance, std::vector<Measured>& candidates) {
-    const auto within = [=](const Measured& c) { return !(c.distance > distance); };
-    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), within), candidates.end());
-  }
-
-  // What may be the nearest negative beyond threshold t. Beyond kFewThresholds, what lies below the threshold before
-  // has been kept there.
-  void gather_candidates(int64_t i, const typename Group<T>::Anchor& anchor, int64_t t,
-                         std::vector<Measured>& candidates) const {
-    constexpr T kNone = -std::numeric_limits<T>::infinity();
-    const bool few = anchor.certain.size() - 1 <= kFewThresholds;
-    T floor = kNone;
-    for (int64_t from = t; from >= 0; from = few ? -1 : anchor.before[from]) {
-      if (floor > kNone && anchor.values[from] <= floor) break;
-      for (Lane<T> k = anchor.head[from]; k >= 0; k = anchor.next[k]) {
-        const T y = anchor.value[k];
-        candidates.push_back({0, r_.order[anchor.index[k]], y, anchor.index[k]});
-        if (!(y < anchor.certain[t])) continue;
-        floor = std::max(floor, T(y - T(rounding_error(bound_, a_.norm[i], 2 * std::fabs(double(y))))));
-      }
-    }
-    const auto below = [=](const Measured& c) { return c.y < floor; };
-    candidates.erase(std::remove_if(candidates.begin(), candidates.end(), below), candidates.end());
-  }
-
-  // What may be the farthest of all negatives.
-  void gather_farthest(const typename Group<T>::Anchor& anchor, std::vector<Measured>& candidates) const {
-    const size_t t = anchor.head.size() - 1;
-    for (Lane<T> k = anchor.head[t]; k >= 0; k = anchor.next[k])
-      if (anchor.value[k] >= anchor.floor[t])
-        candidates.push_back({0, r_.order[anchor.index[k]], -anchor.value[k], anchor.index[k]});
+  const std::vector<int64_t>& first_equal() const {
+    std::call_once(equal_once_, [&] { first_equal_ = first_equal_rows(r_); });
+    return first_equal_;
   }
 
   // All negatives of an anchor in order of their exact distance: for those whose negatives are so close to each other
   // that the candidates are too many.
   class Ranking {
    public:
-    Ranking(const Mined& mined, int64_t i) : tie_(mined.tie_) {
+    Ranking(const Mined& mined, int64_t i)
+        : mined_(mined), first_equal_(mined.first_equal()), anchor_(mined.a_.order[i]), known_(mined.r_.count, std::numeric_limits<double>::quiet_NaN()) {
       const Side<T>& r = mined.r_;
-      std::call_once(mined.equal_once_, [&] { mined.first_equal_ = first_equal_rows(r); });
-      std::vector<double> known(r.count, std::numeric_limits<double>::quiet_NaN());
       ranked_.reserve(r.count);
       for (int64_t original = 0; original < r.count; ++original) {
         const int64_t j = r.place[original];
         if (r.group.get()[j] == kNoGroup || r.group.get()[j] == mined.a_.klass[i]) continue;
-        double& distance = known[mined.first_equal_[original]];
-        if (std::isnan(distance)) distance = exact_distance(mined.exact_, mined.a_.order[i], original);
-        ranked_.push_back({distance, original, T(0), Lane<T>(j)});
+        ranked_.push_back({distance_of(original), original, T(0), Lane<T>(j)});
       }
       const auto before = [](const Measured& p, const Measured& q) { return p.distance < q.distance; };
       if (!std::is_sorted(ranked_.begin(), ranked_.end(), before))
         std::stable_sort(ranked_.begin(), ranked_.end(), before);
       find_first_of_ties();
+    }
+
+    // Of the anchor and a reference.
+    double distance_of(int64_t original) {
+      double& distance = known_[first_equal_[original]];
+      if (std::isnan(distance)) distance = exact_distance(mined_.exact_, anchor_, original);
+      return distance;
     }
 
     // The nearest whose distance is more than that; or else the farthest.
@@ -938,15 +1261,18 @@ class Mined {
       for (int64_t k = int64_t(ranked_.size()) - 1; k >= 0; --k) {
         while (!window.empty() && ranked_[window.back()].original > ranked_[k].original) window.pop_back();
         window.push_back(k);
-        while (ranked_[window.front()].distance > ranked_[k].distance + tie_) window.pop_front();
+        while (ranked_[window.front()].distance > ranked_[k].distance + mined_.tie_) window.pop_front();
         first_[k] = window.front();
       }
       farthest_ = int64_t(ranked_.size()) - 1;
-      for (int64_t k = farthest_ - 1; k >= 0 && ranked_[k].distance >= ranked_.back().distance - tie_; --k)
+      for (int64_t k = farthest_ - 1; k >= 0 && ranked_[k].distance >= ranked_.back().distance - mined_.tie_; --k)
         if (ranked_[k].original < ranked_[farthest_].original) farthest_ = k;
     }
 
-    double tie_;
+    const Mined& mined_;
+    const std::vector<int64_t>& first_equal_;
+    int64_t anchor_;
+    std::vector<double> known_;  // of the first of equal rows
     std::vector<Measured> ranked_;
     std::vector<int64_t> first_;
     int64_t farthest_ = -1;
@@ -969,11 +1295,13 @@ class Mined {
       const int64_t i = p * panel() + r, count = negatives_sought(anchor);
       anchor.nearest.resize(count);
       anchor.nearest_index.resize(count);
+      for (int64_t t = 0; t < count; ++t) anchor.nearest_index[t] = Lane<T>(saved[i * width + t]);
       for (const auto& positive : anchor.positives) prefetch(positive.second);
-      for (int64_t t = 0; t < count; ++t) prefetch(saved[i * width + t]);
-      for (int64_t t = 0; t < count; ++t)
-        anchor.nearest[t] = measured(i, anchor.nearest_index[t] = Lane<T>(saved[i * width + t]));
-      for (auto& [y, j] : anchor.positives) y = measured(i, j);  // alike, so that what ties there ties here
+      for (int64_t t = 0; t < count; ++t) {
+        if (distances_fit(width)) std::memcpy(&anchor.nearest[t], saved_distance(saved, i, t, width), sizeof(T));
+        else anchor.nearest[t] = measured(i, anchor.nearest_index[t]);
+      }
+      measure_positives(i, anchor);
     }
   }
 
@@ -1000,7 +1328,7 @@ class Mined {
 
   // The weights of a panel of anchors.
   void weigh(int64_t p, Group<T>& group, const Weight<T>& weight, const int32_t* saved, int64_t width,
-             const Strip& strip, std::vector<Pair<T>>& pairs) const {
+             const Strip& strip, const Found& found, std::vector<Pair<T>>& pairs) const {
     const int64_t P = panel(), tile_rows = kernels<T>().tile_rows, tile = P * tile_rows;
     const uint32_t* marks = marks_fit(width) ? reinterpret_cast<const uint32_t*>(saved) : nullptr;
     if (negative_ == NegativeRule::All && marks) {
@@ -1052,7 +1380,7 @@ class Mined {
       return;
     }
     if (negatives_fit(width)) recall_negatives(p, group, saved, width);
-    else choose_negatives(p, group);
+    else choose_negatives(p, group, found);
     // Many positives may have one negative, and their slopes be equal.
     struct {
       int64_t r;
@@ -1149,8 +1477,8 @@ class Mined {
   const Restriction restriction_;
   Problem<T> problem_;
   const Side<T>&a_, &r_;
-  Pairing<T> pairing_, squares_;  // as distances are measured, and without a root, as they are compared
-  RoundingBound bound_;
+  Pairing<T> pairing_, fine_;  // as distances are measured; and without a root, as they are compared
+  RoundingBound bound_, fine_bound_;
   Exact<T> exact_;
   double tie_;
   mutable std::once_flag equal_once_;

@@ -81,18 +81,18 @@ TRIPLET_INLINE bool keep_negatives(const Pairing<T>& pairing, int64_t i, int64_t
   using M = typename Simd<T>::M;
   constexpr int P = kPanel<T>;
   const Panels<T>&a = pairing.a, &b = pairing.b;
-  if (!b.gaps[bp] && (a.first[i / P] > b.last[bp] || b.first[bp] > a.last[i / P])) return false;
+  if (!b.gaps[bp] && !a.gaps[i / P] && (a.first[i / P] > b.last[bp] || b.first[bp] > a.last[i / P])) return false;
   const auto nothing = broadcast(std::numeric_limits<T>::quiet_NaN());
   for (int c = 0; c < kTileVectors; ++c) {
     const M group = *reinterpret_cast<const M*>(b.group + bp * P + c * kWidth<T>);
     for (int r = 0; r < kTileRows; ++r)
-      tile[r][c] = (group == a.group[i + r]) | (group == kNoGroup) ? nothing : tile[r][c];
+      tile[r][c] = (group == a.group[i + r]) | (group == kNoGroup) | (a.group[i + r] == kNoGroup) ? nothing : tile[r][c];
   }
   return true;
 }
 
-// How many of the thresholds are below y (with `or_equal`, not above it), for each lane.
-template <bool or_equal, typename T>
+// How many of the thresholds are below y, for each lane.
+template <typename T>
 TRIPLET_INLINE void count_below(const Thresholds<T>& thresholds, const T* y, Lane<T>* count) {
   Lane<T> step = 1;
   while (step <= thresholds.count) step *= 2;
@@ -101,7 +101,7 @@ TRIPLET_INLINE void count_below(const Thresholds<T>& thresholds, const T* y, Lan
     for (int l = 0; l < kWidth<T>; ++l) {
       const Lane<T> next = count[l] + step;
       const T value = thresholds.values[next - 1];
-      count[l] = (or_equal ? value <= y[l] : value < y[l]) ? next : count[l];
+      count[l] = value < y[l] ? next : count[l];
     }
 }
 
@@ -135,7 +135,7 @@ static void row_distances(const Pairing<T>& pairing, int64_t i, int64_t begin, i
   };
   walk<T>(
       pairing.a.data, pairing.a.bias, pairing.b, false, {panel, panel + 1, begin, end}, [](int64_t, int64_t) {}, visit,
-      [](int64_t) {}, [i](int64_t row, int64_t) { return row == i; });
+      [](int64_t) {}, [i](int64_t row, int64_t) { return row == i; }, pairing.chain);
 }
 
 // Walks one panel of anchors that have thresholds: visit(tile, first row within the panel, panel of b, whether there
@@ -161,7 +161,7 @@ TRIPLET_INLINE void walk_negatives(const Pairing<T>& pairing, int64_t panel, int
   };
   const auto want = [&](int64_t i, int64_t bp) { return live && wanted(i - first, bp); };
   walk<T>(pairing.a.data, pairing.a.bias, pairing.b, false, {panel, panel + 1, begin_panel, end_panel}, start, see,
-          stop, want);
+          stop, want, pairing.chain);
 }
 
 TRIPLET_INLINE bool marked(Marks marks, int64_t i, int64_t bp) {
@@ -220,7 +220,7 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
           T y[W];
           Lane<T> below[W];
           store(y, tile[r][c]);
-          count_below<false>(own, y, below);
+          count_below(own, y, below);
           here[c] = excess_over<T>(own, y, below);
           active[r] += load_lanes<T>(below);
         }
@@ -250,96 +250,83 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
   walk_negatives<T>(pairing, panel, begin_panel, end_panel, thresholds, begin, visit, end);
 }
 
-// Frees the places of candidates that have fallen below their floor; where that helps little, gives up.
+// Whether a negative at y may be the one beyond a threshold of an anchor; raises the floors of those it lies beyond.
 template <typename T>
-static void drop_candidates(Candidates<T>& own) {
-  Lane<T> freed = 0;
-  for (Lane<T> p = 0; p <= own.count; ++p)
-    for (Lane<T>* link = own.head + p; *link >= 0;) {
-      const Lane<T> place = *link;
-      if (own.value[place] >= own.floor[p]) {
-        link = own.next + place;
-        continue;
-      }
-      *link = own.next[place];
-      own.next[place] = own.free;
-      own.free = place;
-      ++freed;
-    }
-  own.crowded = freed <= own.room / 8;
-  for (Lane<T> p = 0; own.crowded && p <= own.count; ++p) own.floor[p] = std::numeric_limits<T>::infinity();
-}
-
-// One more candidate of threshold p; p = count: of the farthest.
-template <typename T>
-static __attribute__((noinline)) void add_candidate(Candidates<T>& own, Lane<T> p, T value, Lane<T> j,
-                                                    const RoundingBound& bound) {
-  if (value < own.certain[p]) {
-    const T floor = T(value - T(rounding_error(bound, own.norm, 2 * __builtin_fabs(value))));
-    own.floor[p] = floor > own.floor[p] ? floor : own.floor[p];
+static __attribute__((noinline)) bool is_candidate(const Reach<T>& reach, int64_t anchor, T y, const RoundingBound& bound) {
+  const T *values = reach.values + anchor, *certain = reach.certain + anchor;
+  T* floor = reach.floor + anchor;
+  const int64_t farthest = reach.slots * reach.stride;
+  const double error = rounding_error(bound, reach.norm[anchor], 2 * __builtin_fabs(double(y)));
+  bool wanted = -y >= floor[farthest];
+  if (wanted && T(-y - error) > floor[farthest]) floor[farthest] = T(-y - error);
+  for (int64_t at = 0; at < farthest; at += reach.stride) {
+    if (!(y < values[at] && y >= floor[at])) continue;
+    wanted = true;
+    if (y < certain[at] && T(y - error) > floor[at]) floor[at] = T(y - error);
   }
-  if (own.used == own.room && own.free < 0) drop_candidates(own);
-  if (own.crowded) return;
-  const Lane<T> place = own.free < 0 ? own.used++ : own.free;
-  if (place == own.free) own.free = own.next[place];
-  own.value[place] = value;
-  own.index[place] = j;
-  own.next[place] = own.head[p];
-  own.head[p] = place;
+  return wanted;
 }
 
 template <typename T>
-static void nearest(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel, int64_t end_panel,
-                    const Thresholds<T>* thresholds, const RoundingBound& bound, Candidates<T>* candidates) {
+static void nearest(const Pairing<T>& pairing, bool symmetric, Block block, const Reach<T>& reach,
+                    const RoundingBound& bound, Candidates<T>& candidates) {
   using V = typename Simd<T>::V;
   using M = typename Simd<T>::M;
   constexpr int P = kPanel<T>, W = kWidth<T>;
-  const auto visit = [&](V(&tile)[kTileRows][kTileVectors], int64_t i, int64_t bp, bool) {
-    // Almost nothing is a candidate, once the nearest and the farthest are about known.
-    M candidate[kTileRows][kTileVectors], some{};
-    for (int r = 0; r < kTileRows; ++r) {
-      const Thresholds<T>& own = thresholds[i + r];
-      for (int c = 0; c < kTileVectors; ++c) candidate[r][c] = M{};
-      if (!own.count) continue;
-      const T* floor = candidates[i + r].floor;
-#pragma GCC unroll 4
-      for (int c = 0; c < kTileVectors; ++c) candidate[r][c] = tile[r][c] <= -floor[own.count];
-      for (Lane<T> p = 0; own.count <= kFewThresholds && p < own.count; ++p)
-#pragma GCC unroll 4
-        for (int c = 0; c < kTileVectors; ++c)
-          candidate[r][c] |= (tile[r][c] < own.values[p]) & (tile[r][c] >= floor[p]);
-      for (int c = 0; c < kTileVectors; ++c) some |= candidate[r][c];
-    }
-    for (int r = 0; any(some) && r < kTileRows; ++r)
-      for (int c = 0; c < kTileVectors; ++c) {
-        if (!any(candidate[r][c])) continue;
-        const Thresholds<T>& own = thresholds[i + r];
-        Candidates<T>& of = candidates[i + r];
-        for (int l = 0; l < W; ++l) {
-          if (!candidate[r][c][l]) continue;
-          const T y = tile[r][c][l];
-          const Lane<T> j = Lane<T>(bp * P + c * W + l);
-          for (Lane<T> p = 0; own.count <= kFewThresholds && p < own.count; ++p)
-            if (y < own.values[p] && y >= of.floor[p]) add_candidate(of, p, y, j, bound);
-          if (-y >= of.floor[own.count]) add_candidate(of, own.count, -y, j, bound);
-        }
-      }
-    // Many thresholds: to each negative its place between them.
-    for (int r = 0; r < kTileRows; ++r) {
-      const Thresholds<T>& own = thresholds[i + r];
-      for (int c = 0; own.count > kFewThresholds && c < kTileVectors; ++c) {
-        if (!any(tile[r][c] < own.values[own.count - 1])) continue;
-        T y[W];
-        Lane<T> from[W];
-        store(y, tile[r][c]);
-        count_below<true>(own, y, from);
-        for (int l = 0; l < W; ++l)
-          if (from[l] < own.count && y[l] >= candidates[i + r].floor[from[l]])
-            add_candidate(candidates[i + r], from[l], y[l], Lane<T>(bp * P + c * W + l), bound);
-      }
+  const auto add = [&](const M& mask, V y, int64_t anchor, int64_t reference, bool column) {
+    T values[W];
+    store(values, y);
+    for (int l = 0; l < W; ++l) {
+      const int64_t own = anchor + (column ? l : 0), other = reference + (column ? 0 : l);
+      if (mask[l] && is_candidate(reach, own, values[l], bound))
+        candidates.data[candidates.count++] = {Lane<T>(own), Lane<T>(other), values[l]};
     }
   };
-  walk_negatives<T>(pairing, panel, begin_panel, end_panel, thresholds, [](int64_t) {}, visit, [](int64_t) {});
+  const auto visit = [&](V(&tile)[kTileRows][kTileVectors], int64_t i, int64_t j, int64_t bp) {
+    measure<T>(pairing, i, bp, tile);
+    keep_negatives<T>(pairing, i, bp, tile);
+    // Almost nothing is a candidate, once the nearest and the farthest are about known.
+    const bool rows = reach.live[i / P], columns = symmetric && i / P != bp && reach.live[bp];
+    const int64_t farthest = reach.slots * reach.stride;
+    M in_row[kTileRows][kTileVectors], in_column[kTileRows][kTileVectors], some{};
+    for (int r = 0; r < kTileRows; ++r) {
+      M here[kTileVectors] = {};
+      const T far = -reach.floor[farthest + i + r];
+#pragma GCC unroll 4
+      for (int c = 0; rows && c < kTileVectors; ++c) here[c] = tile[r][c] <= far;
+      for (int64_t at = 0; rows && at < farthest; at += reach.stride) {
+        const T value = reach.values[at + i + r], floor = reach.floor[at + i + r];
+#pragma GCC unroll 4
+        for (int c = 0; c < kTileVectors; ++c) here[c] |= (tile[r][c] < value) & (tile[r][c] >= floor);
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < kTileVectors; ++c) some |= in_row[r][c] = here[c];
+    }
+    for (int c = 0; columns && c < kTileVectors; ++c) {
+      const int64_t column = j + c * W;
+      M here[kTileRows];
+      const V far = -load(reach.floor + farthest + column);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) here[r] = tile[r][c] <= far;
+      for (int64_t at = 0; at < farthest; at += reach.stride) {
+        const V value = load(reach.values + at + column), floor = load(reach.floor + at + column);
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r) here[r] |= (tile[r][c] < value) & (tile[r][c] >= floor);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kTileRows; ++r) some |= in_column[r][c] = here[r];
+    }
+    if (!any(some)) return;
+    if (candidates.room - candidates.count < 2 * kTileRows * P) candidates.make_room(candidates);
+    for (int r = 0; r < kTileRows; ++r)
+      for (int c = 0; c < kTileVectors; ++c) {
+        if (any(in_row[r][c])) add(in_row[r][c], tile[r][c], i + r, j + c * W, false);
+        if (columns && any(in_column[r][c])) add(in_column[r][c], tile[r][c], j + c * W, i + r, true);
+      }
+  };
+  walk<T>(
+      pairing.a.data, pairing.a.bias, pairing.b, symmetric, block, [](int64_t, int64_t) {}, visit, [](int64_t) {},
+      [&](int64_t i, int64_t bp) { return reach.live[i / P] || (symmetric && reach.live[bp]); }, pairing.chain);
 }
 
 // The weights of y of one anchor and of some columns of a panel from those of the distances: what is multiplied with
@@ -392,7 +379,7 @@ static void weigh(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel,
           T y[W];
           Lane<T> below[W];
           store(y, tile[r][c]);
-          count_below<false>(own, y, below);
+          count_below(own, y, below);
           count[c] = __builtin_convertvector(load_lanes<T>(below), V);
           for (int l = 0; l < W; ++l)
             if (below[l]) pulls[i + r][below[l] - 1] += 1;  // of the thresholds up to this one; summed up at the end

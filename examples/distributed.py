@@ -149,11 +149,9 @@ def criterion(options, process_group=None) -> triplet_ext.TripletLoss:
     )
 
 
-def new_bank(options, example: Tensor) -> triplet_ext.MemoryBank | None:
-    """Empty, for rows of the type of the example, on its device; None without --bank."""
-    if not options.bank:
-        return None
-    return triplet_ext.MemoryBank(options.bank, DIMENSIONS, dtype=example.dtype).to(example.device)
+def new_bank(options, device: torch.device, dtype: torch.dtype = torch.float32) -> triplet_ext.MemoryBank | None:
+    """An empty one; None without --bank."""
+    return triplet_ext.MemoryBank(options.bank, DIMENSIONS, dtype=dtype).to(device) if options.bank else None
 
 
 def batches_of(rank: int, epochs: int, options, images, split) -> Iterator[tuple[Tensor, ...]]:
@@ -195,21 +193,23 @@ class InTurn(nn.Module):
 def check(options, images, split, untrained: nn.Module) -> bool:
     """Are the parameters after some steps those of one process with the whole batch? The same answer everywhere."""
     processes, rank = dist.get_world_size(), dist.get_rank()
-    images = images._replace(pixels=images.pixels.double())
+
+    def few(rank):
+        seen = itertools.islice(batches_of(rank, options.check, options, images, split), options.check)
+        return ((x.double(), *more) for x, *more in seen)
 
     def train(network, batches, process_group=None):
-        few = itertools.islice(batches, options.check)
-        loss, bank = criterion(options, process_group), new_bank(options, images.pixels)
-        for _ in training(network, loss, bank, process_group, few, options.check, kind=torch.optim.SGD):
+        loss, bank = criterion(options, process_group), new_bank(options, images.pixels.device, torch.float64)
+        for _ in training(network, loss, bank, process_group, batches, options.check, kind=torch.optim.SGD):
             pass
 
     together = spread(copy.deepcopy(untrained).double(), options.fsdp, images.pixels.device)
-    train(together, batches_of(rank, options.check, options, images, split), dist.group.WORLD)
+    train(together, few(rank), dist.group.WORLD)
     found = gathered(together)
     apart = torch.zeros((), dtype=torch.float64, device=images.pixels.device)
     if rank == 0:
         alone = copy.deepcopy(untrained).double()
-        parts = zip(*(batches_of(rank, options.check, options, images, split) for rank in range(processes)))
+        parts = zip(*(few(rank) for rank in range(processes)))
         whole_batches = (tuple(map(torch.cat, zip(*batch))) for batch in parts)
         train(InTurn(alone, processes), whole_batches)
         for name, parameter in alone.named_parameters():
@@ -277,7 +277,7 @@ def run(options, images, device: torch.device) -> int:
     name = f"{'FSDP2' if options.fsdp else 'DDP'}, {processes} x {rows} rows"
     banks = {name: None}
     if options.bank:
-        banks[f"{name}, bank of {options.bank}"] = new_bank(options, images.pixels)
+        banks[f"{name}, bank of {options.bank}"] = new_bank(options, device)
     before, curves, states = scores["untrained network"], {}, {}
     try:
         if options.check and not check(options, images, split, untrained):

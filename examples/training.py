@@ -56,7 +56,9 @@ def batches(
         apart: give each orientation of a class a label of its own, and also return the ids of the samples.
     """
     pixels, labels = images.pixels, images.labels.to(images.pixels.device)
-    generator = torch.Generator().manual_seed(sampler.seed + (sampler.rank << 32))
+    # Of a seed, this generator takes the lowest 32 bits only. The odd factor gives each rank a start of its own, far
+    # from those of the next seeds.
+    generator = torch.Generator().manual_seed((sampler.seed + sampler.rank * 0x9E3779B1) % 2**32)
     for rows in (rows for _ in range(epochs) for rows in sampler):
         batch = train[rows].to(pixels.device)
         quarters = None
@@ -67,10 +69,10 @@ def batches(
         if not apart:
             yield seen, labels[batch]
             continue
-        # A class turned otherwise is another shape. Within a batch it takes one orientation only, and so the class may
-        # be the label. Rows of other batches may be turned otherwise: with the class for a label they would be
-        # positives, and the network would learn not to see how an image is turned. The sample turned otherwise
-        # is of another class then, so it gets another id, too: a row with an anchor's id is of the anchor's class.
+        # A class turned otherwise is another shape. A batch shows each class in one orientation, and so the class is
+        # label enough there. The rows that it meets elsewhere may be turned otherwise: by the class alone they would
+        # be positives, and the network would learn not to see how an image is turned. The ids follow the labels, as an
+        # id must keep its label: a sample is left out where it is turned alike, and turned otherwise it is a negative.
         orientation = 0 if quarters is None else quarters.to(pixels.device)
         yield seen, 8 * labels[batch] + orientation, 8 * batch + orientation
 

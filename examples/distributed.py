@@ -218,11 +218,11 @@ def check(options, images, split, untrained: nn.Module) -> bool:
     dist.broadcast(apart, 0)
     equal = bool(apart <= EQUAL)  # NaN is not
     if rank == 0:
-        how = "FSDP2" if options.fsdp else "DistributedDataParallel"
-        banks = f", with banks of {options.bank} rows," if options.bank else ""
+        how = f"{processes} processes under {'FSDP2' if options.fsdp else 'DistributedDataParallel'}"
+        bank = f" with a bank of {options.bank} rows" if options.bank else ""
         print(
-            f"check: after {options.check} steps in float64, the parameters of {processes} processes under {how} and"
-            f" of one with the whole batch{banks}\nare {'equal' if equal else 'NOT EQUAL'}: they differ by"
+            f"check{bank}: after {options.check} steps in float64, the parameters of {how}\n"
+            f"and of one with the whole batch are {'equal' if equal else 'NOT EQUAL'}: they differ by"
             f" {float(apart):.1e} of the largest value, {EQUAL:.0e} may be rounding\n",
             flush=True,
         )

@@ -302,10 +302,12 @@ def write(output: pathlib.Path, scores, curves, with_bank=None) -> None:
     import figures
 
     other = None if with_bank is None else ("with the bank", with_bank)
-    figures.save(figures.training(curves, scores["raw pixels"], "euclidean", other), output / "distributed.png")
+    picture = figures.training(curves, scores["raw pixels"], "euclidean", other)
     results = {"scores": scores, "curves": curves._asdict()}
     if with_bank is not None:
+        picture.suptitle("without a bank, and MAP@R also with the bank", fontsize=12)
         results["curves with the bank"] = with_bank._asdict()
+    figures.save(picture, output / "distributed.png")
     (output / "distributed.json").write_text(json.dumps(results) + "\n")
 
 

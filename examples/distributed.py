@@ -164,7 +164,7 @@ def batches_of(rank: int, epochs: int, options, images, split) -> Iterator[tuple
 def training(network, loss, bank, process_group, batches, total, **form) -> Iterator[Step]:
     """The steps of a training. If there is a bank, each batch goes into it after its step, and after the warm-up the
     loss mines from it as well."""
-    first = int(WARM_UP * total) if bank is not None else total  # that mines from it, from 0
+    first = int(WARM_UP * total) if bank is not None else total  # steps, in which the loss does not see the bank
     number = itertools.count()
 
     def mined(embeddings, labels, ids):

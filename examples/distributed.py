@@ -3,10 +3,14 @@
     torchrun --nproc-per-node 2 examples/distributed.py            # DistributedDataParallel
     torchrun --nproc-per-node 2 examples/distributed.py --fsdp     # FSDP2: parameters sharded, too
     python examples/distributed.py                                 # one process
+    torchrun --nproc-per-node 2 examples/distributed.py --bank 4096  # without and with a memory bank
 
 The batch of a step is the batches of all processes, in the order of their ranks. The processes talk by NCCL where each
 has a GPU of its own, else by gloo. Prints a table and draws a picture; the same seed and number of processes give the
 same numbers.
+
+--bank trains the network twice, from the same weights on the same batches, the second time with a
+triplet_ext.MemoryBank: the last rows of all processes, the same on each of them, to mine from as well.
 
 --check trains the same network in one process, with the whole batch, and compares the parameters. Batch norm is not
 synchronised: every process normalises its own batch, and so does that one process with each part of the whole batch.
@@ -24,6 +28,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
 import images as data
 import torch
@@ -35,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training import batches, measure, record, repeatable, steps
+from training import Step, batches, measure, record, repeatable, steps
 
 import triplet_ext
 from triplet_ext.data import PKBatchSampler
@@ -46,6 +51,9 @@ SAMPLES = 8  # of each class in a process's batch
 DIMENSIONS = 256  # of the embedding
 TEST_SHARE = 0.3  # of the seen classes
 EVALUATIONS = 12  # points of the MAP@R curves
+# The share of the steps in which a bank is filled only. At first the network changes fast, and what it made of an image
+# some steps ago is not what it would make of it now.
+WARM_UP = 0.25
 EQUAL = 1e-11  # of a parameter's largest value: what --check takes for rounding in float64
 
 
@@ -60,6 +68,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="STEPS",
         help="before the training: are the parameters after so many steps (default 20) those of one process with the"
         " whole batch? If not, exit status 1",
+    )
+    parser.add_argument(
+        "--bank", type=whole(1), metavar="N", help="train a second time, with a memory bank of N rows; compare"
     )
     parser.add_argument("--epochs", type=whole(1), default=180, metavar="E", help="passes over the data (default 180)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the epochs, to see it run")
@@ -82,6 +93,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         triplet_ext.TripletLoss(options.margin)
     except ValueError as error:
         parser.error(f"argument --margin: {error}")
+    if options.bank and options.check == 1:
+        parser.error("argument --check: takes at least 2 steps with --bank, which is empty in the first, got 1")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if options.device == "cuda" and gpus < processes:
         parser.error(f"argument --device: cuda takes a GPU for each of the {processes} processes here, got {gpus}")
@@ -136,6 +149,36 @@ def criterion(options, process_group=None) -> triplet_ext.TripletLoss:
     )
 
 
+def new_bank(options, device: torch.device, dtype: torch.dtype = torch.float32) -> triplet_ext.MemoryBank | None:
+    """An empty one; None without --bank."""
+    return triplet_ext.MemoryBank(options.bank, DIMENSIONS, dtype=dtype).to(device) if options.bank else None
+
+
+def batches_of(rank: int, epochs: int, options, images, split) -> Iterator[tuple[Tensor, ...]]:
+    """Images, labels and ids. The labels tell the orientations apart: rows meet those of other processes and of the
+    bank, whose classes may be turned otherwise."""
+    sampler = sampler_of(rank, options, images.labels[split.train])
+    return batches(images, split.train, sampler, epochs=epochs, apart=True)
+
+
+def training(network, loss, bank, process_group, batches, total, **form) -> Iterator[Step]:
+    """The steps of a training. If there is a bank, each batch goes into it after its step, and after the warm-up the
+    loss mines from it as well."""
+    first = int(WARM_UP * total) if bank is not None else total  # steps, in which the loss does not see the bank
+    number = itertools.count()
+
+    def mined(embeddings, labels, ids):
+        if next(number) < first:
+            return loss(embeddings, labels)
+        return loss(embeddings, labels, memory=bank, ids=ids)
+
+    for step in steps(network, mined, batches, total, **form):
+        if bank is not None:
+            # Every rank gets the rows of all, in the same order: the banks stay equal, and so do the losses.
+            bank.enqueue(step.embeddings, step.labels, step.ids, process_group=process_group, equal_batches=True)
+        yield step
+
+
 class InTurn(nn.Module):
     """The network on the whole batch, the part of each process by itself, as batch norm sees it there."""
 
@@ -150,58 +193,58 @@ class InTurn(nn.Module):
 def check(options, images, split, untrained: nn.Module) -> bool:
     """Are the parameters after some steps those of one process with the whole batch? The same answer everywhere."""
     processes, rank = dist.get_world_size(), dist.get_rank()
-    labels = images.labels[split.train]
 
-    def batches_of(rank):
-        seen = batches(images, split.train, sampler_of(rank, options, labels), epochs=options.check)
-        return ((x.double(), y) for x, y in seen)
+    def few(rank):
+        seen = itertools.islice(batches_of(rank, options.check, options, images, split), options.check)
+        return ((x.double(), *more) for x, *more in seen)
 
-    def train(network, loss, batches):
-        few = itertools.islice(batches, options.check)
-        for _ in steps(network, loss, few, options.check, kind=torch.optim.SGD):
+    def train(network, batches, process_group=None):
+        loss, bank = criterion(options, process_group), new_bank(options, images.pixels.device, torch.float64)
+        for _ in training(network, loss, bank, process_group, batches, options.check, kind=torch.optim.SGD):
             pass
 
     together = spread(copy.deepcopy(untrained).double(), options.fsdp, images.pixels.device)
-    train(together, criterion(options, dist.group.WORLD), batches_of(rank))
+    train(together, few(rank), dist.group.WORLD)
     found = gathered(together)
     apart = torch.zeros((), dtype=torch.float64, device=images.pixels.device)
     if rank == 0:
         alone = copy.deepcopy(untrained).double()
-        parts = zip(*(batches_of(rank) for rank in range(processes)))
+        parts = zip(*(few(rank) for rank in range(processes)))
         whole_batches = (tuple(map(torch.cat, zip(*batch))) for batch in parts)
-        train(InTurn(alone, processes), criterion(options), whole_batches)
+        train(InTurn(alone, processes), whole_batches)
         for name, parameter in alone.named_parameters():
             wanted = parameter.detach()
             apart = torch.maximum(apart, (found[name] - wanted).abs().max() / wanted.abs().max())
     dist.broadcast(apart, 0)
     equal = bool(apart <= EQUAL)  # NaN is not
     if rank == 0:
-        how = "FSDP2" if options.fsdp else "DistributedDataParallel"
+        how = f"{processes} processes under {'FSDP2' if options.fsdp else 'DistributedDataParallel'}"
+        bank = f" with a bank of {options.bank} rows" if options.bank else ""
         print(
-            f"check: after {options.check} steps in float64, the parameters of {processes} processes under {how} and"
-            f" of one with the whole batch\nare {'equal' if equal else 'NOT EQUAL'}: they differ by"
+            f"check{bank}: after {options.check} steps in float64, the parameters of {how}\n"
+            f"and of one with the whole batch are {'equal' if equal else 'NOT EQUAL'}: they differ by"
             f" {float(apart):.1e} of the largest value, {EQUAL:.0e} may be rounding\n",
             flush=True,
         )
     return equal
 
 
-def train(options, images, split, untrained: nn.Module, curves) -> dict[str, Tensor]:
+def train(options, images, split, untrained: nn.Module, curves, bank) -> dict[str, Tensor]:
     """Trains a copy of the network; returns its parameters and buffers."""
-    first = dist.get_rank() == 0
-    sampler = sampler_of(dist.get_rank(), options, images.labels[split.train])
-    total = options.epochs * len(sampler)
+    rank, world = dist.get_rank(), dist.group.WORLD
+    total = options.epochs * len(sampler_of(rank, options, images.labels[split.train]))
     evaluated = {total * i // EVALUATIONS for i in range(1, EVALUATIONS + 1)}
     network = spread(copy.deepcopy(untrained), options.fsdp, images.pixels.device)
-    loss = criterion(options, dist.group.WORLD)
+    loss = criterion(options, world)
 
     def score():
         """Measured by one process, while the others wait in the next step."""
         state = gathered(network)
-        return measure(loaded(untrained, state), images, split) if first else dict.fromkeys(("seen", "unseen"))
+        return measure(loaded(untrained, state), images, split) if rank == 0 else dict.fromkeys(("seen", "unseen"))
 
-    seen = batches(images, split.train, sampler, epochs=options.epochs)
-    record(steps(network, loss, seen, total), loss, curves, score, evaluated, Progress(total) if first else None)
+    seen = batches_of(rank, options.epochs, options, images, split)
+    progress = Progress(total) if rank == 0 else None
+    record(training(network, loss, bank, world, seen, total), loss, curves, score, evaluated, progress)
     return gathered(network)
 
 
@@ -231,24 +274,41 @@ def run(options, images, device: torch.device) -> int:
         "raw pixels": measure(nn.Flatten(), images, split),
         "untrained network": measure(untrained, images, split),
     }
-    curves = figures.Curves([], [], [], [], [0], *([scores["untrained network"][part]] for part in ("seen", "unseen")))
+    name = f"{'FSDP2' if options.fsdp else 'DDP'}, {processes} x {rows} rows"
+    banks = {name: None}
+    if options.bank:
+        banks[f"{name}, bank of {options.bank}"] = new_bank(options, device)
+    before, curves, states = scores["untrained network"], {}, {}
     try:
         if options.check and not check(options, images, split, untrained):
             return 1
-        state = train(options, images, split, untrained, curves)
+        for name, bank in banks.items():
+            curves[name] = figures.Curves([], [], [], [], [0], [before["seen"]], [before["unseen"]])
+            states[name] = train(options, images, split, untrained, curves[name], bank)
     except FloatingPointError as error:  # every process has the same loss
         if first:
             print(f"\nStopped: {error}.", file=sys.stderr)
         return 1
-    if not first:
-        return 0
-    name = f"{'FSDP2' if options.fsdp else 'DDP'}, {processes} x {rows} rows"
-    scores[name] = measure(loaded(untrained, state), images, split)
-    print("\n" + table(scores, split) + "\n")
-    figures.save(figures.training(curves, scores["raw pixels"], "euclidean"), options.output / "distributed.png")
-    (options.output / "distributed.json").write_text(json.dumps({"scores": scores, "curves": curves._asdict()}) + "\n")
-    print(f"distributed.png, distributed.json are in {options.output} ({time.perf_counter() - began:.0f} s)")
+    if first:
+        scores |= {name: measure(loaded(untrained, state), images, split) for name, state in states.items()}
+        print("\n" + table(scores, split) + "\n")
+        write(options.output, scores, *curves.values())
+        print(f"distributed.png, distributed.json are in {options.output} ({time.perf_counter() - began:.0f} s)")
     return 0
+
+
+def write(output: pathlib.Path, scores, curves, with_bank=None) -> None:
+    """The picture, and all numbers."""
+    import figures
+
+    other = None if with_bank is None else ("with the bank", with_bank)
+    picture = figures.training(curves, scores["raw pixels"], "euclidean", other)
+    results = {"scores": scores, "curves": curves._asdict()}
+    if with_bank is not None:
+        picture.suptitle("without a bank, and MAP@R also with the bank", fontsize=12)
+        results["curves with the bank"] = with_bank._asdict()
+    figures.save(picture, output / "distributed.png")
+    (output / "distributed.json").write_text(json.dumps(results) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -85,8 +85,11 @@ def _smooth(values: list[float], width: int) -> list[float]:
     return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(sums))]
 
 
-def training(curves: Curves, raw: dict[str, tuple[float, float]], distance: str) -> Figure:
-    """Loss, active share, distances, and MAP@R against the step; ``raw`` is the score of the raw pixels."""
+def training(
+    curves: Curves, raw: dict[str, tuple[float, float]], distance: str, other: tuple[str, Curves] | None = None
+) -> Figure:
+    """Loss, active share, distances, and MAP@R against the step; ``raw`` is the score of the raw pixels. Of an
+    ``other`` training, with what sets it apart, the MAP@R only."""
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     (top, active), (distances, quality) = figure.subplots(2, 2)
     width = max(1, len(curves.loss) // 60)
@@ -104,8 +107,13 @@ def training(curves: Curves, raw: dict[str, tuple[float, float]], distance: str)
     line(distances, curves.negative, "#ff7f0e", "to the nearest negative")
     distances.set_title(f"mean {distance.replace('_', ' ')} distance of an anchor")
     distances.legend(frameon=False)
-    for label, colour, values in (("seen", SEEN, curves.seen), ("unseen", UNSEEN, curves.unseen)):
-        quality.plot(curves.at, [mapr for _, mapr in values], ".-", color=colour, label=f"{label} classes")
+    for label, colour in (("seen", SEEN), ("unseen", UNSEEN)):
+        of_class = [mapr for _, mapr in getattr(curves, label)]
+        quality.plot(curves.at, of_class, ".-", color=colour, label=f"{label} classes")
+        if other is not None:
+            name, others = other
+            of_class = [mapr for _, mapr in getattr(others, label)]
+            quality.plot(others.at, of_class, "^--", color=colour, alpha=0.7, label=f"{label} classes, {name}")
         quality.axhline(raw[label][1], color=colour, linestyle=":", label=f"{label} classes, raw pixels")
     quality.set_title("MAP@R of the test images")
     quality.set_ylim(0, 1.02)

@@ -30,6 +30,7 @@ class Step(NamedTuple):
     labels: Tensor  # [B]
     embeddings: Tensor  # [B, D]
     loss: float
+    ids: Tensor | None = None  # [B], if the batch has them
 
 
 def repeatable(seed: int, threads: int, *, small: bool) -> None:
@@ -45,29 +46,41 @@ def repeatable(seed: int, threads: int, *, small: bool) -> None:
 
 
 def batches(
-    images: Images, train: Tensor, sampler: PKBatchSampler, *, epochs: int, turn: bool = True
-) -> Iterator[tuple[Tensor, Tensor]]:
+    images: Images, train: Tensor, sampler: PKBatchSampler, *, epochs: int, turn: bool = True, apart: bool = False
+) -> Iterator[tuple[Tensor, ...]]:
     """Distorted images and their labels, where the pixels are; both follow the sampler's seed and rank.
 
     Args:
         train: sample numbers, whose labels the sampler has.
         turn: give all images of a class in a batch one of the eight orientations of a square.
+        apart: give each orientation of a class a label of its own, and also return the ids of the samples.
     """
     pixels, labels = images.pixels, images.labels.to(images.pixels.device)
-    generator = torch.Generator().manual_seed(sampler.seed + (sampler.rank << 32))
+    # Of a seed, this generator takes the lowest 32 bits only. The odd factor gives each rank a start of its own, far
+    # from those of the next seeds.
+    generator = torch.Generator().manual_seed((sampler.seed + sampler.rank * 0x9E3779B1) % 2**32)
     for rows in (rows for _ in range(epochs) for rows in sampler):
         batch = train[rows].to(pixels.device)
         quarters = None
         if turn:
             quarters = torch.randint(8, (sampler.classes_per_batch,), generator=generator)
             quarters = quarters.repeat_interleave(sampler.samples_per_class)
-        yield augment(pixels[batch], generator, quarters), labels[batch]
+        seen = augment(pixels[batch], generator, quarters)
+        if not apart:
+            yield seen, labels[batch]
+            continue
+        # A class turned otherwise is another shape. A batch shows each class in one orientation, and so the class is
+        # label enough there. The rows that it meets elsewhere may be turned otherwise: by the class alone they would
+        # be positives, and the network would learn not to see how an image is turned. The ids follow the labels, as an
+        # id must keep its label: a sample is left out where it is turned alike, and turned otherwise it is a negative.
+        orientation = 0 if quarters is None else quarters.to(pixels.device)
+        yield seen, 8 * labels[batch] + orientation, 8 * batch + orientation
 
 
 def steps(
     network: torch.nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Callable[..., Tensor],
+    batches: Iterable[tuple[Tensor, ...]],
     total: int,
     *,
     learning_rate: float = 1e-3,
@@ -75,20 +88,24 @@ def steps(
 ) -> Iterator[Step]:
     """Trains in place, one step for each that is asked for, of a training of ``total`` steps.
 
+    Args:
+        loss: of the embeddings and whatever else a batch has: labels, or labels and ids.
+        batches: of images, labels and, possibly, ids.
+
     Raises:
         FloatingPointError: the loss is not finite.
     """
     optimiser = kind(network.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
     network.train()
-    for number, (seen, labels) in enumerate(batches, 1):
+    for number, (seen, labels, *ids) in enumerate(batches, 1):
         embeddings = network(seen)
-        value = loss(embeddings, labels)
+        value = loss(embeddings, labels, *ids)
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
         schedule.step()
-        step = Step(number, seen, labels, embeddings.detach(), float(value.detach()))
+        step = Step(number, seen, labels, embeddings.detach(), float(value.detach()), *ids)
         if not math.isfinite(step.loss):
             raise FloatingPointError(f"the loss of step {number} is {step.loss}")
         yield step

@@ -17,8 +17,9 @@ pytest.importorskip("sklearn", reason="the demo needs scikit-learn")
 pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-# One start of torchrun, which takes seconds, and one process group for both.
-BOTH = """
+# One start of torchrun, which takes seconds, and one process group for all. At last each rank keeps to itself what it
+# enqueues, which the check has to notice.
+RUNS = """
 import sys
 sys.path.insert(0, {examples!r})
 import distributed
@@ -26,9 +27,13 @@ device, leave = distributed.join("cpu"), distributed.dist.destroy_process_group
 distributed.join, distributed.dist.destroy_process_group = lambda kind: device, lambda: None
 distributed.EVALUATIONS = 1
 few = ["--epochs", "1", "--check", "3", "--device", "cpu", "--output"]
-status = [distributed.main([*few, {output!r} + name, *more]) for name, *more in (["/DDP"], ["/FSDP2", "--fsdp"])]
+runs = (["/DDP"], ["/FSDP2", "--fsdp"], ["/bank", "--bank", "200"])
+status = [distributed.main([*few, {output!r} + name, *more]) for name, *more in runs]
+enqueue = distributed.triplet_ext.MemoryBank.enqueue
+distributed.triplet_ext.MemoryBank.enqueue = lambda *rows, **group: enqueue(*rows)
+noticed = distributed.main([*few, {output!r} + "/apart", "--bank", "200"])
 leave()
-sys.exit(max(status))
+sys.exit(max(status) or not noticed)
 """
 
 
@@ -53,9 +58,10 @@ def example(monkeypatch):
 
 
 def test_two_processes(tmp_path):
-    """Under DistributedDataParallel and FSDP2: equal to one process with the whole batch, and to each other."""
-    script = tmp_path / "both.py"
-    script.write_text(BOTH.format(examples=str(EXAMPLES), output=str(tmp_path)))
+    """Under DistributedDataParallel and FSDP2, and with a bank: equal to one process with the whole batch, and to each
+    other."""
+    script = tmp_path / "runs.py"
+    script.write_text(RUNS.format(examples=str(EXAMPLES), output=str(tmp_path)))
     paths = [str(pathlib.Path(triplet_ext.__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
@@ -65,20 +71,30 @@ def test_two_processes(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 processes (gloo, cpu), 56 rows of a batch on each") == 2
-    assert done.stdout.count("are equal: they differ by ") == 2
+    assert done.stdout.count("2 processes (gloo, cpu), 56 rows of a batch on each") == 4
+    assert done.stdout.count("are equal: they differ by ") == 3
+    assert done.stdout.count("check with a bank of 200 rows: ") == 2 and done.stdout.count("are NOT EQUAL: ") == 1
     results = {how: json.loads((tmp_path / how / "distributed.json").read_text()) for how in ("DDP", "FSDP2")}
     for how, found in results.items():
         assert (tmp_path / how / "distributed.png").read_bytes().startswith(b"\x89PNG")
         row = f"{how}, 2 x 56 rows"
         assert list(found["scores"]) == ["raw pixels", "untrained network", row]
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith(row)]
+        line = next(line for line in done.stdout.splitlines() if line.startswith(row))
         numbers = [value for part in ("seen", "unseen") for value in found["scores"][row][part]]
         assert [float(cell) for cell in line.removeprefix(row).split()] == pytest.approx(numbers, abs=5e-5)
         assert found["scores"][row] != found["scores"]["untrained network"]
         assert len(found["curves"]["loss"]) == 8  # 885 images in batches of 2 x 56
     ddp, fsdp = (torch.tensor(results[how]["curves"]["loss"]) for how in ("DDP", "FSDP2"))
     torch.testing.assert_close(ddp, fsdp, rtol=1e-3, atol=0)
+
+    found = json.loads((tmp_path / "bank" / "distributed.json").read_text())
+    row, banked = "DDP, 2 x 56 rows", "DDP, 2 x 56 rows, bank of 200"
+    assert list(found["scores"]) == ["raw pixels", "untrained network", row, banked]
+    assert found["scores"][row] == results["DDP"]["scores"][row] != found["scores"][banked]
+    without, with_bank = found["curves"]["loss"], found["curves with the bank"]["loss"]
+    assert with_bank[:2] == without[:2], "the warm-up"
+    assert with_bank[2] > without[2], "more rows to find the hardest among"
+    assert not list((tmp_path / "apart").iterdir())
 
 
 def test_one_process(example, tmp_path, capsys, monkeypatch):
@@ -115,6 +131,35 @@ def test_a_loss_that_is_not_finite_stops_the_training(example, tmp_path, capsys,
     assert capsys.readouterr().err.endswith("Stopped: the loss of step 1 is nan.\n")
 
 
+def test_every_rank_distorts_in_its_own_way(example):
+    images = importlib.import_module("images").digits()
+    blank = images._replace(pixels=torch.zeros_like(images.pixels))  # shows what is added to the pixels
+    train = torch.arange(len(images.labels))
+    seen = []
+    for rank in range(2):
+        sampler = example.PKBatchSampler(images.labels, 10, 4, num_replicas=2, rank=rank)
+        seen.append(next(example.batches(blank, train, sampler, epochs=1))[0])
+    assert not (seen[0] == seen[1]).any()
+
+
+def test_labels_and_ids_tell_orientations_apart(example):
+    images = importlib.import_module("images").digits()
+    train = (images.labels < 7).nonzero().squeeze(1)
+
+    def batches(**options):
+        sampler = example.PKBatchSampler(images.labels[train], 5, 4, seed=3)
+        return list(example.batches(images, train, sampler, epochs=1, **options))
+
+    orientations = set()
+    for (seen, labels), (same, shapes, ids) in zip(batches(), batches(apart=True)):
+        assert torch.equal(seen, same) and torch.equal(shapes // 8, labels) and torch.equal(shapes % 8, ids % 8)
+        assert torch.equal(images.labels[ids // 8], labels)
+        assert torch.equal(shapes[:, None] == shapes, labels[:, None] == labels), "in a batch it is all one"
+        orientations |= set(shapes.tolist())
+    assert len(orientations) > 7 * 4
+    assert not any((shapes % 8).any() for _, shapes, _ in batches(apart=True, turn=False))
+
+
 @pytest.mark.parametrize(
     "arguments, text",
     [
@@ -123,6 +168,8 @@ def test_a_loss_that_is_not_finite_stops_the_training(example, tmp_path, capsys,
         (["--mining", "gold"], "argument --mining: invalid choice: 'gold'"),
         (["--margin", "-1"], "argument --margin: margin must be finite and at least 0, got -1.0"),
         (["--device", "cuda"], "argument --device: cuda takes a GPU for each of the 9999 processes here, got "),
+        (["--bank", "0"], "argument --bank: must be a whole number of at least 1, got '0'"),
+        (["--bank", "9", "--check", "1"], "argument --check: takes at least 2 steps with --bank, which is empty in"),
         (["--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
     ],
 )

@@ -3,7 +3,9 @@
 import math
 import os
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -48,7 +50,8 @@ ALONE = [("README.md", "optimizer.step()"), ("docs/semantics.md", "hard_triplet_
 ALONE += [("docs/semantics.md", "PKBatchSampler")]
 # On two processes.
 ALONE += [
-    ("docs/distributed.md", f"# {what}\n") for what in ("DistributedDataParallel", "FSDP2", "sub-groups", "compile")
+    ("docs/distributed.md", f"# {what}\n")
+    for what in ("DistributedDataParallel", "FSDP2", "sub-groups", "compile", "a memory bank")
 ]
 
 
@@ -191,12 +194,36 @@ def the_compiled_loss(rank, size):
     torch.testing.assert_close(space["loss"].detach(), triplet_ext.TripletLoss(0.2)(whole, labels).detach())
 
 
+def the_loop_with_a_bank(rank, size):
+    generator = torch.Generator().manual_seed(3)
+    # Of 8 classes with 5 samples, most of which come more than once.
+    numbers = torch.randint(8, (6, 24), generator=generator) + 40 * torch.randint(5, (6, 24), generator=generator)
+
+    def trained(model, batches, world, warm_up):
+        space = on_two_processes()
+        space["model"] = model(space["model"])
+        pixels, labels = space["dataset"].pixels, torch.tensor(space["dataset"].targets)
+        space["loader"] = [(pixels[rows], labels[rows], rows) for rows in batches]
+        space["optimizer"] = torch.optim.SGD(space["model"].parameters(), lr=0.1)
+        space["torch"] = SimpleNamespace(distributed=SimpleNamespace(group=SimpleNamespace(WORLD=world)))
+        space["normalize"], space["warm_up"] = torch.nn.functional.normalize, warm_up
+        space["MemoryBank"] = partial(triplet_ext.MemoryBank, dtype=torch.float64)
+        exec(snippet("docs/distributed.md", "# a memory bank\n").replace("size=4096, dim=128", "size=60, dim=8"), space)
+        return [p.detach() for p in space["model"].parameters()], list(space["bank"].buffers())
+
+    ddp = torch.nn.parallel.DistributedDataParallel
+    found = trained(ddp, [rows.chunk(2)[rank] for rows in numbers], dist.group.WORLD, warm_up=1)
+    torch.testing.assert_close(found, trained(lambda model: model, numbers, None, warm_up=1), rtol=0, atol=1e-12)
+    without = trained(lambda model: model, numbers, None, warm_up=6)
+    assert (found[0][0] - without[0][0]).abs().max() > 1e-6
+
+
 def test_there_is_no_world_before_init_process_group():
     assert dist.group.WORLD is None
 
 
 def test_on_two_processes(request):
-    functions = [the_loop_under_ddp, the_step_under_fsdp, a_group_of_a_mesh, the_compiled_loss]
+    functions = [the_loop_under_ddp, the_step_under_fsdp, a_group_of_a_mesh, the_compiled_loss, the_loop_with_a_bank]
     failures = ranks.run(2, functions, request.config.triplet_ext_seed)
     assert not failures, "\n".join(failures.values())
 

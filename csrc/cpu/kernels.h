@@ -173,10 +173,10 @@ TRIPLET_FN double rounding_error(const RoundingBound& bound, double norm, double
 // each threshold.
 template <typename T>
 struct Reach {
-  const T* values;      // what is below may lie beyond the threshold; where there is none, -infinity
-  const T* certain;     // what is below does, whatever rounding did
-  T* floor;             // what is below is not the nearest: the largest y below `certain`, less its error. One more slot,
-                        // of -y, is for the farthest of all negatives, which is taken where none lies beyond
+  const T* values;   // what is below may lie beyond the threshold; where there is none, -infinity
+  const T* certain;  // what is below does, whatever rounding did
+  T* floor;          // what is below is not the nearest: the largest y below `certain`, less its error. One more slot,
+                     // of -y, is for the farthest of all negatives, which is taken where none lies beyond
   const uint8_t* live;  // [panels]: whether an anchor of a panel has a threshold
   const double* norm;   // of the anchors
   int64_t slots, stride;

@@ -207,10 +207,10 @@ struct Group {
   std::vector<T> triplet_distances;
   Sorter<T> sort;
   Descending<T> negatives;
-  std::vector<T> y;           // of a panel of anchors of many thresholds
-  std::vector<uint8_t> wanted;             // of each reference, in the caller's order: whether it has to be measured,
-  std::vector<double> exact;               // and what came out
-  std::vector<int64_t> rows;               // those
+  std::vector<T> y;             // of a panel of anchors of many thresholds
+  std::vector<uint8_t> wanted;  // of each reference, in the caller's order: whether it has to be measured,
+  std::vector<double> exact;    // and what came out
+  std::vector<int64_t> rows;    // those
   std::vector<Measured<T>> candidates;
   std::vector<std::array<int64_t, 3>> doubts;  // a threshold, and the places of its candidates
 
@@ -1083,9 +1083,8 @@ class Mined {
         beyond = exact_distance(exact_, a_.order[i], r_.order[anchor.positives[t].second]) + tie_;
       const T value = found.values[t * found.stride + i], floor = found.floor[t * found.stride + i];
       const T far = -found.floor[end + i];
-      const Measured* chosen = ranking ? &ranking->nearest_beyond(beyond) : choose(false, beyond, [=](T y) {
-        return y < value && y >= floor;
-      });
+      const Measured* chosen = ranking ? &ranking->nearest_beyond(beyond)
+                                       : choose(false, beyond, [=](T y) { return y < value && y >= floor; });
       if (!chosen) chosen = choose(true, -infinite, [=](T y) { return y <= far; });
       if (!chosen) return;  // no negative is finite
       anchor.nearest[t] = y_of(chosen->distance);
@@ -1225,7 +1224,10 @@ class Mined {
   class Ranking {
    public:
     Ranking(const Mined& mined, int64_t i)
-        : mined_(mined), first_equal_(mined.first_equal()), anchor_(mined.a_.order[i]), known_(mined.r_.count, std::numeric_limits<double>::quiet_NaN()) {
+        : mined_(mined),
+          first_equal_(mined.first_equal()),
+          anchor_(mined.a_.order[i]),
+          known_(mined.r_.count, std::numeric_limits<double>::quiet_NaN()) {
       const Side<T>& r = mined.r_;
       ranked_.reserve(r.count);
       for (int64_t original = 0; original < r.count; ++original) {

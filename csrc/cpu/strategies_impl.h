@@ -86,7 +86,8 @@ TRIPLET_INLINE bool keep_negatives(const Pairing<T>& pairing, int64_t i, int64_t
   for (int c = 0; c < kTileVectors; ++c) {
     const M group = *reinterpret_cast<const M*>(b.group + bp * P + c * kWidth<T>);
     for (int r = 0; r < kTileRows; ++r)
-      tile[r][c] = (group == a.group[i + r]) | (group == kNoGroup) | (a.group[i + r] == kNoGroup) ? nothing : tile[r][c];
+      tile[r][c] =
+          (group == a.group[i + r]) | (group == kNoGroup) | (a.group[i + r] == kNoGroup) ? nothing : tile[r][c];
   }
   return true;
 }
@@ -252,7 +253,8 @@ static void excess(const Pairing<T>& pairing, int64_t panel, int64_t begin_panel
 
 // Whether a negative at y may be the one beyond a threshold of an anchor; raises the floors of those it lies beyond.
 template <typename T>
-static __attribute__((noinline)) bool is_candidate(const Reach<T>& reach, int64_t anchor, T y, const RoundingBound& bound) {
+static __attribute__((noinline)) bool is_candidate(const Reach<T>& reach, int64_t anchor, T y,
+                                                   const RoundingBound& bound) {
   const T *values = reach.values + anchor, *certain = reach.certain + anchor;
   T* floor = reach.floor + anchor;
   const int64_t farthest = reach.slots * reach.stride;

@@ -1,6 +1,7 @@
 """Which triplets each strategy takes, triplet by triplet: what float64 arithmetic says of the rows as they came,
 without a root; equal rows tie, and so do cosine distances up to 2**-48; then the lowest index."""
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -140,6 +141,34 @@ def test_the_loss_is_that_of_these_triplets(rng, device, backend, rules, kind, d
         assert_value(loss, expected.value, expected.scale)
         for gradient, wanted in zip(gradients_of(loss, leaves), expected.gradients):
             assert_gradient(gradient, wanted, expected.steepness * expected.stats.triplets**0.5)
+
+
+def rows_that_tie(rng, kind, count, width, dtype):
+    """Rows whose distances tie by mathematics, though not by every order of summation."""
+    if kind == "grid":
+        return torch.from_numpy(rng.integers(-3, 4, (count, width)) * 0.1).to(dtype)
+    x = torch.from_numpy(rng.permuted(np.tile(rng.standard_normal(width), (count, 1)), axis=1)).to(dtype)
+    x[0] = 0
+    return x
+
+
+@pytest.mark.parametrize("kind", ["grid", "permuted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+@strategies
+def test_sums_are_those_of_numpy(rng, device, backend, rules, dtype, kind):
+    """Bit by bit, whatever the width: in eights, halves and what is left, and without a fused multiply-add."""
+    if device == "cuda":
+        pytest.skip("adds in another order")
+    for width in (1, 3, 5, 7, 8, 9, 15, 16, 20, 30, 64, 127, 128, 129, 136, 257, 300):
+        x, y = rows_that_tie(rng, kind, 14, width, dtype), torch.from_numpy(rng.integers(0, 3, 14))
+        distance = DISTANCES[width % 2]
+        wanted = assert_chooses(x, y, rules, distance, {}, {})
+        # The loss chooses on its own. A margin beyond every distance makes each triplet count.
+        leaf = x.clone().requires_grad_()
+        options = oracle.Options(1000.0, distance, reduction="sum")
+        loss = mined_triplet_loss(leaf, y, mining=Mining(*rules), margin=1000.0, distance=distance, reduction="sum")
+        expected = oracle.mined(wanted, numpy(x), options)
+        assert_gradient(*gradients_of(loss, [leaf]), expected.gradients[0], expected.steepness * len(wanted) ** 0.5)
 
 
 @pytest.mark.parametrize("rules", PAIRS, ids="x".join)

@@ -25,6 +25,7 @@ from triplet_ext import Mining, TripletLoss, mine
 from triplet_ext.functional import indexed_triplet_loss, mined_triplet_loss
 from triplet_ext.mining import NEGATIVE_RULES, POSITIVE_RULES, PRESETS
 
+SUM = {"reduction": "sum"}
 RULES = list(product(POSITIVE_RULES, NEGATIVE_RULES))
 
 
@@ -214,3 +215,66 @@ def test_swap_is_not_defined_where_every_negative_is_taken(rng):
         TripletLoss(mining="batch_all", swap=True)
     with pytest.raises(ValueError, match=message):
         mined_triplet_loss(x, y, mining=Mining("easy", "all"), swap=True)
+
+
+@pytest.mark.parametrize("rules", RULES, ids="x".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize("count, size", [(9, 3), (24, 20)])
+def test_rows_below_the_floor_of_a_norm(rng, device, backend, rules, dtype, count, size):
+    """Where the norm is a constant: on one side of a pair, or on both; with few positives and with many."""
+    if device == "cuda":
+        pytest.skip("float32 can't tell apart what float64 can")
+    options = oracle.Options(0.5, "cosine", reduction="sum")
+    for references in (False, True):
+        leaves = [rows(rng, count, 5, dtype) for _ in range(1 + references)]
+        y = torch.arange(count) // size
+        for x in leaves:
+            x[torch.from_numpy(rng.integers(0, 2, count) == 0)] *= 1e-9
+            x.requires_grad_()
+        ours = {"ref_embeddings": leaves[1], "ref_labels": y} if references else {}
+        theirs = {"references": numpy(leaves[1]), "reference_labels": y.tolist()} if references else {}
+        loss = mined_triplet_loss(leaves[0], y, mining=Mining(*rules), margin=0.5, distance="cosine", **ours, **SUM)
+        expected = oracle.strategy(numpy(leaves[0]), y.tolist(), *rules, options, **theirs)
+        assert_value(loss, expected.value, expected.scale)
+        for x, gradient, wanted in zip(leaves, gradients_of(loss, leaves), expected.gradients):
+            below = (x.detach().norm(dim=1) < 1e-8).numpy()
+            for some in (below, ~below):  # whose gradients are some 1e8 times as large
+                assert_gradient(gradient[some], wanted[some], np.abs(wanted[some]).max(initial=0) * count**0.5)
+
+
+@pytest.mark.parametrize("rules", [rule for rule in RULES if "all" in rule], ids="x".join)
+@pytest.mark.parametrize("soft_margin", [False, True])
+@pytest.mark.parametrize("count, size", [(36, 3), (24, 20)])
+def test_gradients_of_near_rows(rng, device, backend, rules, soft_margin, count, size):
+    """The gradient of a root is that of a direction, however near the rows are: row by row, no difference of two large
+    numbers is left. Some rows are equal, which pull at nothing."""
+    if device == "cuda":
+        pytest.skip("float32 can't tell apart what float64 can")
+    options = oracle.Options(3.0, "euclidean", soft_margin=soft_margin, reduction="sum")
+    y = torch.arange(count) // size
+    for gap in (1e-7, 1e-6, 1e-4, 1e-3):
+        x = rows(rng, count, 64)[y] + gap * rows(rng, count, 64)
+        x[1] = x[0]
+        x = x.float().requires_grad_()
+        loss = mined_triplet_loss(
+            x, y, mining=Mining(*rules), margin=3.0, distance="euclidean", soft_margin=soft_margin, **SUM
+        )
+        expected = oracle.strategy(numpy(x), y.tolist(), *rules, options)
+        assert_value(loss, expected.value, expected.scale)
+        (gradient,), (wanted,) = gradients_of(loss, [x]), expected.gradients
+        error = np.linalg.norm(numpy(gradient) - wanted, axis=1)
+        assert (error <= 3e-6 * np.linalg.norm(wanted, axis=1)).all()
+
+
+@pytest.mark.parametrize("gap", [1e-6, 0])
+def test_a_collapsed_batch(rng, device, backend, gap):
+    """More near pairs than are pulled one by one: their centre is near, too. Equal rows pull at nothing."""
+    if device == "cuda":
+        pytest.skip("float32 can't tell apart what float64 can")
+    x = (rows(rng, 1, 8) + gap * rows(rng, 600, 8)).float()
+    y = torch.from_numpy(rng.integers(0, 60, 600))
+    options = dict(mining=Mining("all", "all"), margin=3.0, distance="euclidean", reduction="sum")
+    narrow, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    (gradient,), (wanted,) = (gradients_of(mined_triplet_loss(v, y, **options), [v]) for v in (narrow, wide))
+    assert bool(wanted.any()) == (gap > 0)
+    assert float((gradient - wanted).norm()) <= 1e-5 * float(wanted.norm())

@@ -289,6 +289,10 @@ struct Problem {
   }
 };
 
+// How far two sums of exact_square() may be from the true ones, halved as the values v are, in float64's unit times the
+// larger: three roundings of each term, and up to 35 additions on its way. Those of narrower rows are exact beside v.
+constexpr int kExactUnits = 40;
+
 template <typename T>
 RoundingBound rounding_bound(const Problem<T>& problem, int64_t most = kChain) {
   const Side<T>&a = problem.a, &r = problem.r;
@@ -296,7 +300,7 @@ RoundingBound rounding_bound(const Problem<T>& problem, int64_t most = kChain) {
   RoundingBound bound;
   bound.unit = std::numeric_limits<T>::epsilon() / 2;
   bound.product = 2 * double(chain + 1) * bound.unit;
-  bound.rest = 16 * bound.unit;
+  bound.rest = (std::is_same_v<T, double> ? 16 + kExactUnits : 16) * bound.unit;
   bound.absolute = 4 * double(depth + 1) * std::numeric_limits<T>::min();
   for (double norm : r.norm) bound.longest = std::max(bound.longest, norm);
   bound.cosine = problem.cosine;
@@ -305,20 +309,26 @@ RoundingBound rounding_bound(const Problem<T>& problem, int64_t most = kChain) {
   return bound;
 }
 
+// Of a row by its original number; equal rows have equal ones.
+template <typename T>
+uint64_t row_hash(const Side<T>& side, int64_t i) {
+  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t> bits = 0;
+  uint64_t hash = 0;
+  for (int64_t k = 0; k < side.depth; ++k) {
+    const T value = side.rows.row(i)[k] + T(0);  // -0 is 0
+    std::memcpy(&bits, &value, sizeof(value));
+    hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+  }
+  return hash;
+}
+
 // For each row the first that equals it feature by feature, by original row numbers; itself where it isn't finite.
 template <typename T>
 std::vector<int64_t> first_equal_rows(const Side<T>& side) {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   std::vector<uint64_t> hash(side.count);
   at::parallel_for(0, side.count, std::max<int64_t>(1, (1 << 14) / (side.depth + 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t k = 0; k < side.depth; ++k) {
-        Bits bits = 0;
-        const T value = side.rows.row(i)[k] + T(0);  // -0 is 0
-        std::memcpy(&bits, &value, sizeof(value));
-        hash[i] = (hash[i] ^ bits) * 0x9e3779b97f4a7c15u;
-        hash[i] ^= hash[i] >> 32;
-      }
+    for (int64_t i = begin; i < end; ++i) hash[i] = row_hash(side, i);
   });
   std::vector<int64_t> order(side.count), first(side.count);
   for (int64_t i = 0; i < side.count; ++i) order[i] = first[i] = i;
@@ -352,6 +362,58 @@ std::vector<int64_t> first_negatives(const Side<T>& r, const std::vector<int64_t
   std::sort(packed.begin(), packed.end());
   return packed;
 }
+
+// Which rows, of both sides, are equal feature by feature: those of equal numbers, packed. Rows that are not finite
+// equal none. Few rows have equal norms that are not equal themselves; the features of others are not looked at.
+template <typename T>
+class EqualRows {
+ public:
+  explicit EqualRows(const Problem<T>& problem) : x_(problem.a), a_(problem.a.panels * kernels<T>().panel, -1) {
+    while (int64_t(1) << bits_ < 2 * x_.count) ++bits_;
+    table_.assign(size_t(1) << bits_, -1);
+    hash_.resize(x_.count);
+    for (int64_t i = 0; i < x_.count; ++i) {
+      if (!x_.finite[x_.order[i]]) continue;
+      Lane<T>& first = find(x_, i);
+      if (first < 0) first = Lane<T>(i);
+      a_[i] = first;
+    }
+    if (problem.symmetric) return;
+    r_.assign(problem.r.panels * kernels<T>().panel, -2);
+    for (int64_t j = 0; j < problem.r.count; ++j) {
+      if (!problem.r.finite[problem.r.order[j]]) continue;
+      const Lane<T> first = find(problem.r, j);
+      if (first >= 0) r_[j] = first;
+    }
+  }
+  const Lane<T>* anchors() const { return a_.data(); }
+  const Lane<T>* references() const { return r_.empty() ? a_.data() : r_.data(); }
+
+ private:
+  // Where the first anchor that equals a row is in the table, or is to be entered.
+  Lane<T>& find(const Side<T>& side, int64_t i) {
+    uint64_t place;
+    std::memcpy(&place, &side.norm[i], sizeof(place));
+    place = (place * 0x9e3779b97f4a7c15u) >> (64 - bits_);
+    std::optional<uint64_t> hash;
+    const T* row = side.rows.row(side.order[i]);
+    for (;; place = (place + 1) & (table_.size() - 1)) {
+      const Lane<T> other = table_[place];
+      if (other < 0) return table_[place];
+      if (x_.norm[other] != side.norm[i]) continue;
+      if (!hash) hash = row_hash(side, side.order[i]);
+      if (!hash_[other]) hash_[other] = row_hash(x_, x_.order[other]);
+      const T* like = x_.rows.row(x_.order[other]);
+      if (*hash_[other] == *hash && std::equal(row, row + side.depth, like)) return table_[place];
+    }
+  }
+
+  const Side<T>& x_;
+  std::vector<Lane<T>> a_, r_;
+  int bits_ = 1;
+  std::vector<Lane<T>> table_;                 // anchors, packed, by their norms; -1: nothing
+  std::vector<std::optional<uint64_t>> hash_;  // of anchors, where one was needed
+};
 
 // What measures pairs exactly: from the given rows, by original row numbers.
 template <typename T>

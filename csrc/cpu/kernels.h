@@ -201,21 +201,24 @@ struct Marks {
   int64_t words;
 };
 
-// Pairs that pull on their own, along their difference, not as part of a tile.
+// A pair that pulls on its own, along its difference, not as part of a tile.
 template <typename T>
 struct Pair {
   int64_t i, j;  // packed anchor and reference
   T weight;
 };
+// Among them those that are so close that w times a row less w times the other would lose too many digits of w times
+// their difference, where w, as with the root of a distance, grows as they come closer: their squared distance in parts
+// of the sum of the squared norms. Pairs of equal rows, whose gradient is 0, are none of them.
+constexpr double kClose = 0x1p-12;
+// What a kernel finds of these, as long as there is room. `weight` is that of the distance: how large that is, the
+// packed rows, rounded, may not tell.
 template <typename T>
 struct Pairs {
   Pair<T>* data;
   int64_t count, room;
+  const Lane<T>*equal_a, *equal_b;  // numbers of packed rows; rows of one number are equal
 };
-// Among them those that are so close that w times a row less w times the other would lose too many digits of w times
-// their difference, where w, as with the root of a distance, grows as they come closer: their squared distance in parts
-// of the sum of the squared norms.
-constexpr double kClose = 0x1p-12;
 
 // dloss / dy of tiles, those that are not marked undefined: [tile rows' groups][panels][tile rows][panel].
 template <typename T>

@@ -365,27 +365,55 @@ static T inspect(Rows<T> x, int64_t rows, int64_t depth, uint8_t* is_finite) {
   return largest;
 }
 
+// The sum of square(k) over [begin, end), term by term, in the order of numpy.sum: up to 128 terms in eight chains,
+// what is left of eights one by one, and halves of more. `squares(k)` puts eight terms into vectors.
+template <typename Squares, typename Square>
+TRIPLET_INLINE double sum_of_block(int64_t begin, int64_t end, Squares squares, Square square) {
+  constexpr int W = kWidth<double>, kLanes = 8, kVectors = kLanes / W;
+  double total = 0;
+  int64_t k = begin;
+  if (end - begin >= kLanes) {
+    Simd<double>::V sums[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[v] = squares(k + v * W);
+    for (k += kLanes; k + kLanes <= end; k += kLanes)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[v] += squares(k + v * W);
+    double s[kLanes];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(s + v * W, sums[v]);
+    total = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+  }
+  for (; k < end; ++k) total += square(k);
+  return total;
+}
+
+// Selections compare these sums, and plain PyTorch and NumPy are to compare the same numbers: bit by bit, also between
+// instruction sets. Hence the order, and nothing is contracted.
+template <bool scaled, typename T>
+static __attribute__((noinline)) double sum_of_squares(const T* x, const T* y, int64_t begin, int64_t end,
+                                                       double scale_x, double scale_y) {
+  constexpr int64_t kBlock = 128;
+  if (end - begin > kBlock) {
+    const int64_t half = (end - begin) / 2, middle = begin + half - half % 8;
+    return sum_of_squares<scaled>(x, y, begin, middle, scale_x, scale_y) +
+           sum_of_squares<scaled>(x, y, middle, end, scale_x, scale_y);
+  }
+  const auto square = [=](auto a, auto b) __attribute__((always_inline)) {
+    const auto d = scaled ? rounded(a * scale_x) - rounded(b * scale_y) : a - b;
+    return rounded(d * d);
+  };
+  return sum_of_block(
+      begin, end,
+      [=](int64_t k) __attribute__((always_inline)) { return square(load_double(x + k), load_double(y + k)); },
+      [=](int64_t k) __attribute__((always_inline)) { return square(double(x[k]), double(y[k])); });
+}
+
 // The squared norm of x * scale_x - y * scale_y, in float64.
 template <typename T>
-static __attribute__((noinline)) double exact_square(const T* x, const T* y, int64_t depth, double scale_x,
-                                                     double scale_y) {
-  constexpr int W = kWidth<double>;
-  Simd<double>::V s0{}, s1{}, s2{}, s3{};
-  const auto difference = [=](int64_t k) { return load_double(x + k) * scale_x - load_double(y + k) * scale_y; };
-  int64_t k = 0;
-  for (; k + 4 * W <= depth; k += 4 * W) {
-    const auto d0 = difference(k), d1 = difference(k + W), d2 = difference(k + 2 * W), d3 = difference(k + 3 * W);
-    s0 += d0 * d0;
-    s1 += d1 * d1;
-    s2 += d2 * d2;
-    s3 += d3 * d3;
-  }
-  double rest = 0;
-  for (; k < depth; ++k) {
-    const double d = double(x[k]) * scale_x - double(y[k]) * scale_y;
-    rest += d * d;
-  }
-  return sum<double>((s0 + s1) + (s2 + s3)) + rest;
+static double exact_square(const T* x, const T* y, int64_t depth, double scale_x, double scale_y) {
+  return scale_x == 1 && scale_y == 1 ? sum_of_squares<false>(x, y, 0, depth, 1, 1)
+                                      : sum_of_squares<true>(x, y, 0, depth, scale_x, scale_y);
 }
 
 template <typename T>

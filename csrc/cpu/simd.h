@@ -54,6 +54,20 @@ template <typename T>
 TRIPLET_INLINE typename Simd<T>::V broadcast(T x) {
   return typename Simd<T>::V{} + x;
 }
+// The value, rounded: the compiler, which does not look through it, can't contract a product with what it is added to.
+template <typename V>
+TRIPLET_INLINE V rounded(V value) {
+#if defined(TRIPLET_ISA_AVX512)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  asm("" : "+m"(value));
+#endif
+  return value;
+}
 template <typename V>
 TRIPLET_INLINE V larger(V a, V b) {
   return a > b ? a : b;

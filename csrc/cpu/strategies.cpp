@@ -26,7 +26,8 @@ namespace {
 constexpr int64_t kStripBytes = 8 << 20;  // of weights held at a time
 constexpr int64_t kMostPanels = 32;       // whose terms are added up in T
 constexpr double kTinyMargin = 0x1p-10;   // beside a distance: rounding their sum would take too much of it
-constexpr int64_t kCloseRoom = 4096;      // pairs of a panel of anchors, of those that a kernel finds
+constexpr int64_t kCloseRoom = 4096;      // pairs of a panel of anchors, of those that a kernel finds, or an
+constexpr int64_t kCloseShare = 8;        // eighth of all: more would take longer than all products
 constexpr int64_t kSoftColumns = 4096;    // negatives that an anchor's sums of the soft margin take at a time
 constexpr int64_t kListed = 1 << 19;      // triplets that are held at a time, of whole panels
 constexpr int64_t kMeasured = 1 << 15;    // of these, what is measured and pulls at a time
@@ -201,7 +202,8 @@ struct Group {
   std::vector<Anchor> anchors;
   std::vector<Thresholds<T>> thresholds;
   std::vector<T> distances, row;
-  std::vector<Pair<T>> close;
+  Buffer<Pair<T>> close;
+  int64_t close_room = 0;
   std::optional<SoftSpace<T>> soft;
   Triplets triplets;  // of an anchor
   std::vector<T> triplet_distances;
@@ -384,10 +386,20 @@ class Mined {
   // weight: what the loss of each anchor counts. grad_r is not looked at where the anchors are their own references.
   void backward(const Weight<T>& weight, const int32_t* saved, int64_t width, T* grad_x, T* grad_r) const {
     const int64_t P = panel(), tile = P * kernels<T>().tile_rows, depth = (a_.depth + P - 1) / P * P;
-    const Buffer<T> x = a_.packed_rows(problem_.scale, problem_.centre, depth);
-    Buffer<T> apart(0);
-    if (!problem_.symmetric) apart = r_.packed_rows(problem_.scale, problem_.centre, depth);
-    const T* r = problem_.symmetric ? x.get() : apart.get();
+    // Differences of single pairs are taken without the centre, which would round each row. With nothing but single
+    // pairs there are no products that a centre would serve.
+    const bool products = negative_ == NegativeRule::All || most_ > kFewThresholds;
+    const std::vector<T> origin(a_.depth);
+    const BothRows rows(problem_, products ? problem_.centre : origin, depth);
+    std::optional<BothRows> apart;
+    std::once_flag once;
+    const auto given = [&]() -> const BothRows& {
+      if (!products) return rows;
+      std::call_once(once, [&] { apart.emplace(problem_, origin, depth); });
+      return *apart;
+    };
+    std::optional<EqualRows<T>> equal;
+    if (products && pairing_.root) equal.emplace(problem_);
     Pulled on_x(a_, depth), on_r(r_, problem_.symmetric ? 0 : depth);
     Pulled& other = problem_.symmetric ? on_x : on_r;
 
@@ -404,39 +416,44 @@ class Mined {
       std::fill(bits.begin(), bits.end(), 0);
       const auto strip_of = [&](int64_t p) {
         return Strip{{tiles.get() + (p - from) * groups * r_.panels * tile, r_.panels},
-                     {bits.data() + (p - from) * groups * words, words}};
+                     {bits.data() + (p - from) * groups * words, words},
+                     equal ? &*equal : nullptr};
       };
       each_panel(from, to, [&](int64_t p, Group<T>& group) {
         const Strip here = strip_of(p);
         auto& alone = pairs[p - from];
         alone.clear();
         weigh(p, group, weight, saved, width, here, found, alone);
-        for (const Pair<T>& pair : alone)
-          pull(pair.weight, x.get() + pair.i * depth, r + pair.j * depth, depth, on_x.rows.get() + pair.i * depth);
+        if (!alone.empty()) {
+          const Alone pulls(&alone, 1, true, given().r, depth, p * P, P);
+          group.row.resize(depth);
+          for (int64_t i = p * P; i < (p + 1) * P; ++i) pulls.add(i, given().x, group.row.data(), on_x);
+        }
         each_block([&](int64_t begin, int64_t end) {
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t i = p * P + g * kernels<T>().tile_rows;
             kernels<T>().pull_anchors({here.weights.tiles + g * r_.panels * tile, r_.panels},
-                                      {here.marks.bits + g * words, words}, begin, end, r, depth,
+                                      {here.marks.bits + g * words, words}, begin, end, rows.r, depth,
                                       on_x.rows.get() + i * depth, on_x.sums.data() + i);
           }
         });
       });
       const Strip whole = strip_of(from);
       pairs.resize(to - from);
-      const Alone alone(pairs, x.get(), depth, r_.panels * P);
+      const bool any = std::any_of(pairs.begin(), pairs.end(), [](const auto& some) { return !some.empty(); });
+      const BothRows* of_alone = any ? &given() : &rows;
+      const Alone alone(pairs.data(), to - from, false, of_alone->x, depth, 0, r_.panels * P);
       each(r_.panels, [&](Tasks& tasks) {
         std::vector<T> room(depth);
         for (int64_t p; tasks.take(p);) {
-          kernels<T>().pull_references(whole.weights, whole.marks, (to - from) * groups, p, x.get() + from * P * depth,
+          kernels<T>().pull_references(whole.weights, whole.marks, (to - from) * groups, p, rows.x + from * P * depth,
                                        depth, other.rows.get() + p * P * depth, other.sums.data() + p * P);
-          for (int64_t j = p * P; j < (p + 1) * P; ++j)
-            alone.pull(j, r + j * depth, depth, room.data(), other.rows.get() + j * depth);
+          for (int64_t j = p * P; j < (p + 1) * P; ++j) alone.add(j, of_alone->r, room.data(), other);
         }
       });
     }
-    write(a_, x.get(), on_x, depth, grad_x);
-    if (!problem_.symmetric) write(r_, r, on_r, depth, grad_r);
+    write(a_, rows.x, on_x, depth, grad_x);
+    if (!problem_.symmetric) write(r_, rows.r, on_r, depth, grad_r);
     poison(grad_x, grad_r);
   }
 
@@ -494,38 +511,61 @@ class Mined {
   struct Strip {
     Weights<T> weights;
     Marks marks;
+    const EqualRows<T>* equal;  // where pairs may be close, or nullptr
   };
 
-  // The pulls on the rows of one side, without the part along the row itself, and the sums of their weights.
+  // The rows of both sides, side by side, less a centre.
+  struct BothRows {
+    Buffer<T> of_x, of_r;
+    const T *x, *r;
+    BothRows(const Problem<T>& problem, const std::vector<T>& centre, int64_t width)
+        : of_x(problem.a.packed_rows(problem.scale, centre, width)),
+          of_r(problem.symmetric ? Buffer<T>(0) : problem.r.packed_rows(problem.scale, centre, width)),
+          x(of_x.get()),
+          r(problem.symmetric ? x : of_r.get()) {}
+  };
+
+  // The pulls on the rows of one side, without the part along the row itself in the tiles, and the sums of the weights:
+  // of the tiles, and of single pairs.
   struct Pulled {
     Buffer<T> rows;
-    std::vector<double> sums;
-    Pulled(const Side<T>& side, int64_t width) : rows(side.panels * panel() * width), sums(side.panels * panel()) {
+    std::vector<double> sums, alone;
+    Pulled(const Side<T>& side, int64_t width)
+        : rows(side.panels * panel() * width), sums(side.panels * panel()), alone(side.panels * panel()) {
       std::fill_n(rows.get(), side.panels * panel() * width, T(0));
     }
   };
 
-  // The pulls of single pairs on references, in the order of the pairs.
+  // The pulls of single pairs on the rows [first, first + rows) of one side, in the order of the pairs.
   class Alone {
    public:
-    Alone(const std::vector<std::vector<Pair<T>>>& pairs, const T* x, int64_t depth, int64_t rows) : start_(rows + 1) {
-      for (const auto& some : pairs)
-        for (const Pair<T>& pair : some) ++start_[pair.j + 1];
-      for (int64_t j = 0; j < rows; ++j) start_[j + 1] += start_[j];
+    Alone(const std::vector<Pair<T>>* pairs, int64_t lists, bool on_anchors, const T* others, int64_t depth,
+          int64_t first, int64_t rows)
+        : first_(first), depth_(depth), start_(rows + 1) {
+      const auto each_pair = [&](auto f) {
+        for (int64_t list = 0; list < lists; ++list)
+          for (const Pair<T>& pair : pairs[list])
+            f((on_anchors ? pair.i : pair.j) - first, others + (on_anchors ? pair.j : pair.i) * depth, pair.weight);
+      };
+      each_pair([&](int64_t row, const T*, T) { ++start_[row + 1]; });
+      for (int64_t row = 0; row < rows; ++row) start_[row + 1] += start_[row];
       pulls_.resize(start_[rows]);
       std::vector<int64_t> next(start_.begin(), start_.end() - 1);
-      for (const auto& some : pairs)
-        for (const Pair<T>& pair : some) pulls_[next[pair.j]++] = {x + pair.i * depth, pair.weight, T(0)};
+      each_pair([&](int64_t row, const T* other, T weight) { pulls_[next[row]++] = {other, weight, T(0)}; });
     }
 
-    // Adds those on reference j to `out`.
-    void pull(int64_t j, const T* row, int64_t depth, T* room, T* out) const {
-      if (start_[j] == start_[j + 1]) return;
-      kernels<T>().gather(row, depth, false, pulls_.data() + start_[j], start_[j + 1] - start_[j], room);
-      for (int64_t k = 0; k < depth; ++k) out[k] += room[k];
+    // Adds those on row i of `rows`. There is room for one row.
+    void add(int64_t i, const T* rows, T* room, Pulled& to) const {
+      const int64_t begin = start_[i - first_], end = start_[i - first_ + 1];
+      if (begin == end) return;
+      kernels<T>().gather(rows + i * depth_, depth_, false, pulls_.data() + begin, end - begin, room);
+      T* out = to.rows.get() + i * depth_;
+      for (int64_t k = 0; k < depth_; ++k) out[k] += room[k];
+      for (int64_t e = begin; e < end; ++e) to.alone[i] += pulls_[e].weight;
     }
 
    private:
+    int64_t first_, depth_;
     std::vector<int64_t> start_;
     std::vector<Pull<T>> pulls_;
   };
@@ -1321,12 +1361,17 @@ class Mined {
     }
   }
 
-  static void pull(T weight, const T* row, const T* other, int64_t width, T* out) {
-    for (int64_t k = 0; k < width; ++k) out[k] += weight * (row[k] - other[k]);
-  }
-
   // What a distance's weight is in the product: that of a root is divided by the root, whose derivative at 0 is 0.
   T pull_of(T weight, T y) const { return !pairing_.root ? weight : y < 0 ? weight / -y : weight * T(0); }
+
+  // y of a close pair. What is left of a difference of packed rows, which the centre has rounded, may be rounding.
+  T separation(const Strip& strip, int64_t i, int64_t j) const {
+    if (strip.equal->anchors()[i] == strip.equal->references()[j]) return 0;
+    constexpr bool narrow = std::is_same_v<T, float>;  // whose squares are in the range of float64, scaled or not
+    const double before = narrow ? 1 : problem_.scale, after = narrow ? problem_.scale : 1;
+    const T *x = a_.rows.row(a_.order[i]), *r = r_.rows.row(r_.order[j]);
+    return T(-std::sqrt(kernels<T>().exact_square(x, r, a_.depth, before, before)) * after);
+  }
 
   // The weights of a panel of anchors.
   void weigh(int64_t p, Group<T>& group, const Weight<T>& weight, const int32_t* saved, int64_t width,
@@ -1353,9 +1398,10 @@ class Mined {
     };
     const auto add = [&](int64_t r, int64_t j, T weight, T y, bool alone) {
       const int64_t i = p * P + r;
-      const bool close = pairing_.root && y * y < T(2 * kClose) * (a_.bias.get()[i] + r_.bias.get()[j]);
-      if (alone || close) pairs.push_back({i, j, pull_of(weight, y)});
-      else at(r, j) += pull_of(weight, y);
+      const bool close = !alone && pairing_.root && y * y < T(2 * kClose) * (a_.bias.get()[i] + r_.bias.get()[j]);
+      const T pull = pull_of(weight, close ? separation(strip, i, j) : y);
+      if (!alone && !close) at(r, j) += pull;
+      else if (pull != 0) pairs.push_back({i, j, pull});
     };
     if (negative_ == NegativeRule::All) {
       weigh_all(p, group, own, marks, strip, pairs);
@@ -1426,8 +1472,14 @@ class Mined {
       if (saved) std::copy_n(saved + (p * groups + g) * words(), words(), bits);
       else std::fill_n(bits, words(), ~uint32_t(0));
     }
-    group.close.resize(pairing_.root ? kCloseRoom : 0);
-    Pairs<T> found{group.close.data(), 0, int64_t(group.close.size())};
+    Pairs<T> found{nullptr, 0, 0, nullptr, nullptr};
+    if (pairing_.root) {
+      if (!group.close_room) {
+        group.close_room = std::max(kCloseRoom, P * r_.count / kCloseShare);
+        group.close = Buffer<Pair<T>>(group.close_room);
+      }
+      found = {group.close.get(), 0, group.close_room, strip.equal->anchors(), strip.equal->references()};
+    }
     if (measure_.soft_margin) {
       // Row by row, and those of other anchors stay as they are.
       for (int64_t g = 0; g < groups; ++g)
@@ -1446,6 +1498,7 @@ class Mined {
       });
     }
     close.assign(found.data, found.data + found.count);
+    for (Pair<T>& pair : close) pair.weight = pull_of(pair.weight, separation(strip, pair.i, pair.j));
     // Where thresholds are searched, a negative was counted for the last one that it passes.
     for (auto& anchor : group.anchors)
       if (!measure_.soft_margin && anchor.pulls.size() > kFewThresholds)
@@ -1466,7 +1519,7 @@ class Mined {
         // The part across the unit row, over the norm; below the floor the norm is a constant.
         const T scale = T(side.scale[o]);
         const T* source = side.rows.row(o);
-        T along = T(sum);
+        T along = T(sum + pulled.alone[i]);
         if (side.lack[o] == 0) {
           along = 0;
           for (int64_t k = 0; k < side.depth; ++k) along += g[k] * source[k] * scale;

@@ -337,15 +337,16 @@ template <typename T>
 TRIPLET_INLINE typename Simd<T>::V weights_of(const Pairing<T>& pairing, int64_t i, int64_t j, typename Simd<T>::V y,
                                               typename Simd<T>::V w, Pairs<T>* close) {
   if (!pairing.root) return w;
-  w = y < 0 ? w / -y : w * T(0);  // -y, whose derivative at 0 is 0
-  const auto near = (y * y < (load(pairing.b.bias + j) + pairing.a.bias[i]) * T(2 * kClose)) & (w != 0);
-  if (__builtin_expect(any(near), 0))
-    for (int l = 0; l < kWidth<T>; ++l) {
+  auto near = (y * y < (load(pairing.b.bias + j) + pairing.a.bias[i]) * T(2 * kClose)) & (w != 0);
+  if (__builtin_expect(any(near), 0)) {
+    near &= load_lanes<T>(close->equal_b + j) != close->equal_a[i];
+    for (int l = 0; any(near) && l < kWidth<T>; ++l) {
       if (!near[l] || close->count == close->room) continue;
       close->data[close->count++] = {i, j + l, w[l]};
       w[l] = 0;
     }
-  return w;
+  }
+  return y < 0 ? w / -y : w * T(0);  // -y, whose derivative at 0 is 0
 }
 
 template <typename T>

@@ -14,12 +14,18 @@ from triplet_ext import _ops, build_info
 
 PACKAGE = pathlib.Path(triplet_ext.__file__).parent
 TESTS = pathlib.Path(__file__).parent
-# No kernel of csrc/cpu serves what these test, or they see to the instruction sets themselves.
+# No kernel of csrc/cpu serves what these test, or they see to the instruction sets themselves, or they start processes
+# by the minute to call kernels that other files call as well.
 WITHOUT = {
     "test_attack.py",
+    "test_benchmarks.py",
     "test_capabilities.py",
+    "test_cluster.py",
     "test_cuda.py",
     "test_cuda_check.py",
+    "test_distributed.py",
+    "test_distributed_example.py",
+    "test_documents.py",
     "test_package.py",
     "test_sanitizers.py",
 }

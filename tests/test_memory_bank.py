@@ -13,6 +13,7 @@ from common import DISTANCES, assert_same, classes, rows
 from triplet_ext import MemoryBank, Mining, TripletLoss, functional, mine
 
 STRATEGIES = [Mining(p, n) for p in ("hard", "easy", "all") for n in ("hard", "semi_hard", "all")]
+PAIRS = [rules for rules in STRATEGIES if "all" not in (rules.positive, rules.negative)]
 ERROR = {torch.float32: 2e-6, torch.float64: 1e-12}
 
 
@@ -239,23 +240,21 @@ def test_bad_sizes():
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("mining", STRATEGIES, ids=lambda rules: f"{rules.positive}-{rules.negative}")
+@pytest.mark.parametrize("mining", PAIRS, ids=lambda rules: f"{rules.positive}-{rules.negative}")
 def test_a_large_bank(rng, mining, distance):
     """The C++ kernels search it in pieces: the same choice as in one, among rows that repeat across the pieces."""
-    size, dim = 5000, 1040
+    size, dim = 2500, 600  # pieces of 1024 rows
     bank = MemoryBank(size, dim)
-    few = rows(rng, 900, dim, torch.float32)
-    again = torch.from_numpy(rng.integers(0, 900, size))
-    labels = torch.from_numpy(rng.integers(0, 40, 900))[again]
+    few = rows(rng, 400, dim, torch.float32)
+    again = torch.from_numpy(rng.integers(0, 400, size))
+    labels = torch.from_numpy(rng.integers(0, 40, 400))[again]
     bank.enqueue(few[again], labels, again)
     take = torch.from_numpy(rng.integers(0, size, 12))
     x = bank.embeddings[take] + (rows(rng, 12, dim, torch.float32) * 0.1 if rng.integers(2) else 0)
     y = labels[take]
     if rng.integers(2):
-        bank.embeddings[4321, 7] = float("inf")
+        bank.embeddings[2345, 7] = float("inf")
     with torch.no_grad():
-        if mining.positive == "all" and mining.negative == "all":
-            bank.count.fill_(1500)  # of which all triplets are listed
         n = len(bank)
         references = {"ref_embeddings": torch.cat((x, bank.embeddings[:n])), "ref_labels": torch.cat((y, labels[:n]))}
         options = {"distance": distance, **references, "ref_offset": 0}
@@ -264,7 +263,7 @@ def test_a_large_bank(rng, mining, distance):
         # Without the rows of its own sample.
         ids = again[take]
         found = TripletLoss(mining=mining, distance=distance, reduction="none")(x, y, memory=bank, ids=ids)
-        for i in range(12):
+        for i in range(6):
             keep = (again[:n] != ids[i]).nonzero().squeeze(1)
             r, z = torch.cat((x, bank.embeddings[keep])), torch.cat((y, labels[keep]))
             one = TripletLoss(mining=mining, distance=distance, reduction="sum")

@@ -110,7 +110,7 @@ def test_one_process(example, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(digits, "EVALUATIONS", 1)
     digits.main(["--epochs", "1", "--output", str(tmp_path)])
     theirs = json.loads((tmp_path / "results.json").read_text())
-    assert results["curves"]["loss"] == pytest.approx(theirs["curves"]["loss"], rel=1e-4), "as digits.py trains it"
+    assert results["curves"]["loss"] == pytest.approx(theirs["curves"]["loss"], rel=1e-2), "as digits.py trains it"
 
 
 def test_a_gradient_of_another_scale_is_noticed(example, tmp_path, capsys, monkeypatch):

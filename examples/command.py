@@ -13,6 +13,8 @@ from collections.abc import Callable
 import images as data
 import torch
 
+import triplet_ext
+
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow"}
 
 
@@ -51,6 +53,14 @@ def device(text: str) -> torch.device:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from None
+
+
+def check_margin(parser: argparse.ArgumentParser, option: str, margin: float) -> None:
+    """Ends the program unless a loss takes it."""
+    try:
+        triplet_ext.TripletLoss(margin)
+    except ValueError as error:
+        parser.error(f"argument {option}: {error}")
 
 
 def prepare(output: pathlib.Path, read: Callable[[], data.Images]) -> data.Images | None:

@@ -18,7 +18,7 @@ import time
 
 import images as data
 import torch
-from command import Progress, prepare, table, whole
+from command import Progress, check_margin, prepare, table, whole
 from model import Embedder
 from training import active, batches, measure, repeatable, steps
 
@@ -61,10 +61,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     margins = options.margins or MARGINS[options.distance]
     options.margins = sorted({float(f"{margin:g}") for margin in margins})  # what differs has rows of different names
     for margin in options.margins:
-        try:
-            triplet_ext.TripletLoss(margin)
-        except ValueError as error:
-            parser.error(f"argument --margins: {error}")
+        check_margin(parser, "--margins", margin)
     if options.quick:
         options.epochs = max(1, options.epochs // 10)
     return options

@@ -16,7 +16,7 @@ import time
 
 import images as data
 import torch
-from command import Progress, device, positive, prepare, share, table, whole
+from command import Progress, check_margin, device, positive, prepare, share, table, whole
 from model import Embedder
 from retrieval import project
 from torch import Tensor
@@ -76,10 +76,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.data is None and (options.size or options.unseen):
         parser.error("--size and --unseen go with --data")
-    try:
-        triplet_ext.TripletLoss(options.margin)
-    except ValueError as error:
-        parser.error(f"argument --margin: {error}")
+    check_margin(parser, "--margin", options.margin)
     options.size = options.size or 32
     options.unseen = options.unseen or 0.3
     options.epochs = options.epochs or (30 if options.data else 180)

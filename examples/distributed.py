@@ -33,7 +33,7 @@ from collections.abc import Iterator
 import images as data
 import torch
 import torch.distributed as dist
-from command import Progress, prepare, table, whole
+from command import Progress, check_margin, prepare, table, whole
 from model import Embedder
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -89,10 +89,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="for the picture (default demo-output)",
     )
     options = parser.parse_args(argv)
-    try:
-        triplet_ext.TripletLoss(options.margin)
-    except ValueError as error:
-        parser.error(f"argument --margin: {error}")
+    check_margin(parser, "--margin", options.margin)
     if options.bank and options.check == 1:
         parser.error("argument --check: takes at least 2 steps with --bank, which is empty in the first, got 1")
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()

@@ -77,15 +77,32 @@ def _backward(name: str) -> Callable:
 # --- losses ---------------------------------------------------------------------------------------------------
 
 
+def _forward(ctx: Any, operator: Callable, count: int, arguments: tuple) -> tuple[Tensor, Tensor]:
+    """The loss and the statistics; `count` tensors come before the options."""
+    loss, saved, stats = operator(*arguments)
+    ctx.save_for_backward(*arguments[:count], saved, stats)
+    ctx.options = arguments[count:]
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    return loss, stats
+
+
+def _backward_mined(ctx: Any, name: str, grad: Any) -> tuple:
+    """The first of the options is the offset of the references."""
+    own = other = None
+    *inputs, saved, stats = ctx.saved_tensors
+    if grad is not None:
+        offset, *options = ctx.options
+        own, other = _backward(name)(grad, *inputs, offset, saved, stats, *options)
+        if inputs[2] is None:
+            other = None
+    return own, None, other, *(None,) * (len(inputs) - 3 + len(ctx.options))
+
+
 class ExplicitTripletLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, positive, negative, *options):
-        loss, distances, stats = _ops.triplet_loss(anchor, positive, negative, *options)
-        ctx.save_for_backward(anchor, positive, negative, distances, stats)
-        ctx.options = options
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
+    def forward(ctx, *arguments):
+        return _forward(ctx, _ops.triplet_loss, 3, arguments)
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -97,14 +114,8 @@ class ExplicitTripletLoss(torch.autograd.Function):
 
 class IndexedTripletLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embeddings, references, anchor, positive, negative, *options):
-        inputs = (embeddings, references, anchor, positive, negative)
-        loss, distances, stats = _ops.indexed_triplet_loss(*inputs, *options)
-        ctx.save_for_backward(*inputs, distances, stats)
-        ctx.options = options
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
+    def forward(ctx, *arguments):
+        return _forward(ctx, _ops.indexed_triplet_loss, 5, arguments)
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -119,49 +130,19 @@ class IndexedTripletLoss(torch.autograd.Function):
 
 class MinedTripletLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embeddings, labels, references, reference_labels, *options):
-        """The first of the options is the offset of the references."""
-        batch = (embeddings, labels, references, reference_labels)
-        loss, saved, stats = _ops.mined_triplet_loss(*batch, *options)
-        ctx.save_for_backward(*batch, saved, stats)
-        ctx.options = options
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
+    def forward(ctx, *arguments):
+        return _forward(ctx, _ops.mined_triplet_loss, 4, arguments)
 
     @staticmethod
     def backward(ctx, grad, *_):
-        own = other = None
-        if grad is not None:
-            *batch, saved, stats = ctx.saved_tensors
-            offset, *options = ctx.options
-            own, other = _backward("mined_triplet_loss_backward")(grad, *batch, offset, saved, stats, *options)
-            if batch[2] is None:
-                other = None
-        return own, None, other, None, *(None,) * len(ctx.options)
+        return _backward_mined(ctx, "mined_triplet_loss_backward", grad)
 
 
 class MinedTripletLossWithMemory(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, embeddings, labels, references, reference_labels, *rest):
-        """The rest: the memory, which has no gradient; the offset of the references; options."""
-        memory, options = rest[:5], rest[5:]
-        batch = (embeddings, labels, references, reference_labels, *memory)
-        loss, saved, stats = _ops.mined_triplet_loss_with_memory(*batch, *options)
-        ctx.save_for_backward(*batch, saved, stats)
-        ctx.options = options
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
+    def forward(ctx, *arguments):
+        return _forward(ctx, _ops.mined_triplet_loss_with_memory, 9, arguments)
 
     @staticmethod
     def backward(ctx, grad, *_):
-        own = other = None
-        if grad is not None:
-            *batch, saved, stats = ctx.saved_tensors
-            offset, *options = ctx.options
-            backward = _backward("mined_triplet_loss_with_memory_backward")
-            own, other = backward(grad, *batch, offset, saved, stats, *options)
-            if batch[2] is None:
-                other = None
-        return own, None, other, None, *(None,) * (5 + len(ctx.options))
+        return _backward_mined(ctx, "mined_triplet_loss_with_memory_backward", grad)

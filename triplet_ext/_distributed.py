@@ -223,16 +223,17 @@ class _OwnSum(torch.autograd.Function):
         return _gather_ragged([grad], ctx.counts, ctx.group)[0], None, None
 
 
-def gather(batch: tuple, rules: Mining, options: tuple, memory: Optional[tuple], group: Group) -> Any:
-    """This rank's rows as anchors and those of all ranks as references."""
-    embeddings, labels = batch[:2]
+def gathered(group: Group, check: Callable[[], Any], embeddings: object) -> tuple[Any, Any, Any, Any]:
+    """check(), which gives (batch, memory, rules, options), with this rank's rows as anchors and those of all ranks as
+    references."""
+    (x, y, *_), memory, rules, options = checked(group, check, embeddings)
     counts = None
     if not group.equal_batches:
-        counts = _counts(embeddings, rules, options, 0 if memory is None else memory[0].shape[0], group)
-    always = _ALWAYS if torch.is_grad_enabled() and not embeddings.requires_grad else None
-    rows, names = _Gathered.apply(embeddings, labels, counts, group, always)
-    first = group.rank * embeddings.shape[0] if counts is None else sum(counts[: group.rank])
-    return embeddings, labels, rows, names, first
+        counts = _counts(x, rules, options, 0 if memory is None else memory[0].shape[0], group)
+    always = _ALWAYS if torch.is_grad_enabled() and not x.requires_grad else None
+    rows, names = _Gathered.apply(x, y, counts, group, always)
+    first = group.rank * x.shape[0] if counts is None else sum(counts[: group.rank])
+    return (x, y, rows, names, first), memory, rules, options
 
 
 def gather_rows(tensors: tuple[Tensor, ...], group: Group) -> list[Tensor]:

@@ -90,21 +90,19 @@ def check_swap(swap: bool, rules: Mining) -> None:
 
 
 def mined_with_stats(batch, memory, rules: Mining, options) -> tuple[Tensor, Tensor]:
-    margin, distance, swap, soft_margin, reduction = options
     embeddings, labels, references, reference_labels, offset = batch
-    how = (margin, distance, swap, soft_margin, reduction)
     if "all" in (rules.positive, rules.negative):
         if memory is None:
-            return _apply(MinedTripletLoss, *batch, rules.positive, rules.negative, *how)
+            return _apply(MinedTripletLoss, *batch, rules.positive, rules.negative, *options)
         inputs = (*batch[:4], *memory, offset)
-        return _apply(MinedTripletLossWithMemory, *inputs, rules.positive, rules.negative, *how)
+        return _apply(MinedTripletLossWithMemory, *inputs, rules.positive, rules.negative, *options)
     others = None if references is None else references.detach()
     batch = (embeddings.detach(), labels, others, reference_labels, offset)
-    positive, negative = select(batch, distance, rules, memory)
+    positive, negative = select(batch, options[1], rules, memory)
     if memory is not None:
         others = embeddings if references is None else references
         references, positive, negative = _with_chosen_rows(others, memory[0], positive, negative)
-    return _apply(IndexedTripletLoss, embeddings, references, None, positive, negative, *how)
+    return _apply(IndexedTripletLoss, embeddings, references, None, positive, negative, *options)
 
 
 def _with_chosen_rows(references: Tensor, memory: Tensor, *chosen: Tensor) -> tuple[Tensor, ...]:
@@ -124,9 +122,7 @@ def mined_of_group(group: Group, check: Callable[[], tuple], embeddings: object)
     """mined_with_stats of what check() returns, with the batch of all processes of a group."""
     from . import _distributed
 
-    batch, memory, rules, options = _distributed.checked(group, check, embeddings)
-    *measure, reduction = options
-    batch = _distributed.gather(batch, rules, options, memory, group)
+    batch, memory, rules, (*measure, reduction) = _distributed.gathered(group, check, embeddings)
     loss, stats = mined_with_stats(batch, memory, rules, (*measure, _distributed.own_reduction(reduction)))
     return _distributed.group_loss(loss, stats, reduction, group)
 

@@ -136,8 +136,7 @@ def mine(
             from . import _distributed
 
             group = _distributed.group_of(process_group, equal_batches)
-            batch, past, rules, options = _distributed.checked(group, check, embeddings)
-            batch = _distributed.gather(batch, rules, options, past, group)
+            batch, past, rules, _ = _distributed.gathered(group, check, embeddings)
         if "all" in (rules.positive, rules.negative):
             how = (distance, rules.positive, rules.negative)
             return Triplets(*_ops.enumerate_triplets(*(*batch, *how, past)))

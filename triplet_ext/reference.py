@@ -659,26 +659,26 @@ class _Batch(NamedTuple):
     other_ids: Optional[Tensor] = None  # [R]
 
 
-def _batch_of(embeddings, labels, references, reference_labels, offset, memory=None) -> _Batch:
+def _batch_of(embeddings, labels, references, reference_labels, offset) -> _Batch:
     if references is None:
-        references, reference_labels, offset = embeddings, labels, 0
-    if memory is None:
-        return _Batch(embeddings, labels, references, reference_labels, offset)
-    rows, row_labels, count, ids, row_ids = memory
-    first = references.shape[0]
-    other_ids = None
-    if ids is not None and row_ids is not None:
-        other_ids = torch.cat((row_ids.new_full((first,), NO_ID), row_ids))
-    return _Batch(
-        embeddings,
-        labels,
-        torch.cat((references, rows)),
-        torch.cat((reference_labels, row_labels)),
-        offset,
-        first + count,
-        ids,
-        other_ids,
-    )
+        return _Batch(embeddings, labels, embeddings, labels, 0)
+    return _Batch(embeddings, labels, references, reference_labels, offset)
+
+
+def _batch_with_memory(
+    embeddings, labels, references, reference_labels, memory, memory_labels, memory_count, ids, memory_ids, offset
+) -> _Batch:
+    batch = _batch_of(embeddings, labels, references, reference_labels, offset)
+    first = batch.others.shape[0]
+    if ids is not None and memory_ids is not None:
+        memory_ids = torch.cat((memory_ids.new_full((first,), NO_ID), memory_ids))
+    others, other_labels = torch.cat((batch.others, memory)), torch.cat((batch.other_labels, memory_labels))
+    there = first + memory_count
+    return batch._replace(others=others, other_labels=other_labels, there=there, ids=ids, other_ids=memory_ids)
+
+
+# Where other operators take the arguments of _batch_of, those with a memory take these of _batch_with_memory.
+_WITH_MEMORY = 10
 
 
 def _kinds(batch: _Batch, rows: slice) -> tuple[Tensor, Tensor]:
@@ -723,25 +723,9 @@ def select_pair(embeddings, labels, references, reference_labels, reference_offs
     return _select(batch, distance, positive, negative)
 
 
-def select_with_memory(
-    embeddings,
-    labels,
-    references,
-    reference_labels,
-    memory,
-    memory_labels,
-    memory_count,
-    ids,
-    memory_ids,
-    reference_offset,
-    distance,
-    positive,
-    negative,
-):
+def select_with_memory(*arguments):
     """The same with further references, the first memory_count rows of a memory, which come after the others."""
-    memory = (memory, memory_labels, memory_count, ids, memory_ids)
-    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset, memory)
-    return _select(batch, distance, positive, negative)
+    return _select(_batch_with_memory(*arguments[:_WITH_MEMORY]), *arguments[_WITH_MEMORY:])
 
 
 @torch.no_grad()
@@ -859,7 +843,11 @@ def enumerate_triplets(
     embeddings, labels, references, reference_labels, reference_offset, distance, positive, negative, memory=None
 ):
     """Every triplet of a strategy: anchor, positive, negative, int64 [T] each, in ascending order."""
-    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset, memory)
+    sides = (embeddings, labels, references, reference_labels)
+    if memory is None:
+        batch = _batch_of(*sides, reference_offset)
+    else:
+        batch = _batch_with_memory(*sides, *memory, reference_offset)
     return _enumerate(batch, distance, positive, negative)
 
 
@@ -906,38 +894,17 @@ def mined_triplet_loss(
 ):
     """The loss of a strategy's triplets, [] or [B] of the anchors' sums, room for the backward, and the statistics."""
     batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset)
-    measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
-    return _mined(batch, positive, negative, measure, reduction)
+    return _mined(batch, positive, negative, margin, distance, swap, soft_margin, reduction)
 
 
-def mined_triplet_loss_with_memory(
-    embeddings,
-    labels,
-    references,
-    reference_labels,
-    memory,
-    memory_labels,
-    memory_count,
-    ids,
-    memory_ids,
-    reference_offset,
-    positive,
-    negative,
-    margin,
-    distance,
-    swap,
-    soft_margin,
-    reduction,
-):
+def mined_triplet_loss_with_memory(*arguments):
     """The same with further references, the first memory_count rows of a memory."""
-    memory = (memory, memory_labels, memory_count, ids, memory_ids)
-    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset, memory)
+    return _mined(_batch_with_memory(*arguments[:_WITH_MEMORY]), *arguments[_WITH_MEMORY:])
+
+
+def _mined(batch: _Batch, positive, negative, margin, distance, swap, soft_margin, reduction):
     measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
-    return _mined(batch, positive, negative, measure, reduction)
-
-
-def _mined(batch: _Batch, positive: str, negative: str, measure: Measure, reduction: str):
-    embeddings, distance = batch.embeddings, measure.distance
+    embeddings = batch.embeddings
     wide, count = wide_dtype(embeddings.device), embeddings.shape[0]
     room = room_for_backward(embeddings, batch.others.shape[0])
     if measure.swap:
@@ -983,52 +950,28 @@ def mined_triplet_loss_backward(
     reduction,
 ):
     batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset)
-    measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
-    own, other = _mined_backward(grad, batch, stats, positive, negative, measure, reduction)
-    return _both_gradients(own, other, embeddings, references)
+    options = (positive, negative, margin, distance, swap, soft_margin, reduction)
+    return _both_gradients(*_mined_gradients(grad, batch, stats, *options), embeddings, references)
 
 
-def mined_triplet_loss_with_memory_backward(
-    grad,
-    embeddings,
-    labels,
-    references,
-    reference_labels,
-    memory,
-    memory_labels,
-    memory_count,
-    ids,
-    memory_ids,
-    reference_offset,
-    saved,
-    stats,
-    positive,
-    negative,
-    margin,
-    distance,
-    swap,
-    soft_margin,
-    reduction,
-):
-    memory = (memory, memory_labels, memory_count, ids, memory_ids)
-    batch = _batch_of(embeddings, labels, references, reference_labels, reference_offset, memory)
-    measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
-    own, other = _mined_backward(grad, batch, stats, positive, negative, measure, reduction)
-    first = (embeddings if references is None else references).shape[0]
-    return _both_gradients(own, other[:first], embeddings, references)
+def mined_triplet_loss_with_memory_backward(grad, *arguments):
+    batch = _batch_with_memory(*arguments[:_WITH_MEMORY])
+    embeddings, _, references, *_ = arguments
+    _, stats, *options = arguments[_WITH_MEMORY:]
+    return _both_gradients(*_mined_gradients(grad, batch, stats, *options), embeddings, references)
 
 
 def _both_gradients(own: Tensor, other: Tensor, embeddings: Tensor, references: Optional[Tensor]):
+    """Of the embeddings and the references; `other` is that of all references, a memory's rows last."""
     if references is None:
-        return (own + other).to(embeddings.dtype), embeddings.new_empty(0)
-    return own.to(embeddings.dtype), other.to(references.dtype)
+        return (own + other[: own.shape[0]]).to(embeddings.dtype), embeddings.new_empty(0)
+    return own.to(embeddings.dtype), other[: references.shape[0]].to(references.dtype)
 
 
-def _mined_backward(
-    grad: Tensor, batch: _Batch, stats: Tensor, positive: str, negative: str, measure: Measure, reduction: str
-) -> tuple[Tensor, Tensor]:
+def _mined_gradients(grad, batch: _Batch, stats, positive, negative, margin, distance, swap, soft_margin, reduction):
     """The gradients of the embeddings and of all references."""
-    embeddings, distance = batch.embeddings, measure.distance
+    measure = Measure(margin, distance, 2.0, 0.0, swap, soft_margin)
+    embeddings = batch.embeddings
     wide, count = wide_dtype(embeddings.device), embeddings.shape[0]
     weight = _spread(grad, stats, count, wide, reduction)
     if measure.swap:

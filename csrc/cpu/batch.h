@@ -59,6 +59,20 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
+// What makes a row one of length 1, for the cosine distance, and what its square then lacks to one.
+struct UnitRow {
+  double scale, lack;
+  bool finite;
+
+  template <typename T>
+  UnitRow(const T* row, int64_t depth) {
+    const double s = kernels<T>().square(row, depth), floor = kCosineFloor * kCosineFloor;
+    finite = std::isfinite(s);
+    scale = 1 / std::sqrt(std::max(s, floor));
+    lack = std::max(0.0, 1 - s / floor);
+  }
+};
+
 // One side of the comparison, anchors or references.
 template <typename T>
 struct Side {
@@ -112,10 +126,10 @@ struct Side {
         const Rows<T> here{rows.row(from), rows.stride};
         largest[chunk] = kernels<T>().inspect(here, to - from, depth, &finite[from]);
         for (int64_t i = from; cosine && i < to; ++i) {
-          const double s = kernels<T>().square(rows.row(i), depth), floor = kCosineFloor * kCosineFloor;
-          finite[i] = finite[i] && std::isfinite(s);
-          scale[i] = 1 / std::sqrt(std::max(s, floor));
-          lack[i] = std::max(0.0, 1 - s / floor);
+          const UnitRow unit(rows.row(i), depth);
+          finite[i] = finite[i] && unit.finite;
+          scale[i] = unit.scale;
+          lack[i] = unit.lack;
         }
       }
     });

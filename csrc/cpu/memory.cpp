@@ -80,10 +80,8 @@ class Measuring {
     OneRow found;
     const int64_t depth = x_.size(1);
     if (cosine_) {
-      const double s = kernels<T>().square(row, depth), floor = kCosineFloor * kCosineFloor;
-      found.finite = std::isfinite(s);
-      found.scale = 1 / std::sqrt(std::max(s, floor));
-      found.lack = std::max(0.0, 1 - s / floor);
+      const UnitRow unit(row, depth);
+      found = {unit.scale, unit.lack, unit.finite};
     }
     for (int64_t k = 0; k < depth; ++k) found.finite = found.finite && std::isfinite(row[k]);
     return found;

@@ -4,6 +4,7 @@ at sizes that fill the device."""
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 from common import assert_chosen, assert_same, classes, numpy, rows
 
 from triplet_ext import Mining, TripletLoss, _ops, explain, mine
@@ -79,6 +80,46 @@ def test_bitwise_equal_from_run_to_run(rng, shape):
     expected = step(TripletLoss(soft_margin=True), x, y)
     for _ in range(10):
         assert_same(step(TripletLoss(soft_margin=True), x, y), expected)
+
+
+@pytest.fixture
+def group(tmp_path):
+    """This process alone, over NCCL."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("positive, negative", [("hard", "hard"), *RULES])
+def test_a_group_over_nccl(rng, group, positive, negative):
+    for dtype, error in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+        x, y = batch(rng, 96, 16, dtype)
+        for reduction in ("mean", "mean_active", "sum", "none"):
+            options = {"mining": Mining(positive, negative), "reduction": reduction}
+            expected = step(TripletLoss(**options), x, y)
+            for equal in (False, True):
+                found = step(TripletLoss(**options, process_group=group, equal_batches=equal), x, y)
+                for actual, wanted in zip(found, expected):
+                    largest = wanted.abs().max().item()
+                    torch.testing.assert_close(actual, wanted, rtol=error, atol=error * largest)
+
+
+def test_a_step_over_a_group_is_captured(rng, group):
+    criterion = TripletLoss(process_group=group, equal_batches=True)
+    x, y = batch(rng)
+    check_replay(criterion, x, y, lambda: batch(rng))
+
+
+def test_equal_batches_do_not_wait_for_the_device(rng, group):
+    criterion = TripletLoss(process_group=group, equal_batches=True)
+    x, y = batch(rng)
+    expected = step(criterion, x, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step(criterion, x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same(found, expected)
 
 
 def test_deterministic_algorithms_are_all_there_is(rng):

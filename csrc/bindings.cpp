@@ -1,5 +1,5 @@
-// What this library brings: kernels of the operators for the dispatch keys that it was built for, and the
-// module triplet_ext._C with build_info(). Schemas: triplet_ext/_ops.py.
+// What this library brings: the operators' CPU kernels, and the module triplet_ext._C with build_info(). The CUDA
+// kernels are registered in cuda/launch.cpp. Schemas: triplet_ext/_ops.py.
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
@@ -23,19 +23,6 @@ TORCH_LIBRARY_IMPL(triplet_ext, CPU, m) {
   m.impl("mined_triplet_loss_with_memory", &mined_triplet_loss_with_memory_cpu);
   m.impl("mined_triplet_loss_with_memory_backward", &mined_triplet_loss_with_memory_backward_cpu);
 }
-
-#if defined(TRIPLET_EXT_CUDA)
-TORCH_LIBRARY_IMPL(triplet_ext, CUDA, m) {
-  m.impl("triplet_loss", &triplet_loss_cuda);
-  m.impl("triplet_loss_backward", &triplet_loss_backward_cuda);
-  m.impl("indexed_triplet_loss", &indexed_triplet_loss_cuda);
-  m.impl("indexed_triplet_loss_backward", &indexed_triplet_loss_backward_cuda);
-  m.impl("select_hardest", &select_hardest_cuda);
-  m.impl("select_pair", &select_pair_cuda);
-  m.impl("mined_triplet_loss", &mined_triplet_loss_cuda);
-  m.impl("mined_triplet_loss_backward", &mined_triplet_loss_backward_cuda);
-}
-#endif
 
 static pybind11::dict build_info() {
   pybind11::dict info;

@@ -109,8 +109,7 @@ std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cpu(
     std::string_view distance, bool swap, bool soft_margin, std::string_view reduction);
 decltype(mined_triplet_loss_backward_cpu) mined_triplet_loss_backward_cuda;
 
-// A memory: further references, behind the others, to which no gradient flows. For the devices without a kernel of
-// these the reference serves.
+// A memory: further references, behind the others, to which no gradient flows.
 //   memory         [M, D]; memory_labels [M] int64
 //   memory_count   [] int64: how many of its rows are there, the first ones
 //   ids            [B] int64, memory_ids [M] int64; absent: nobody is left out. A row of an anchor's own id is neither
@@ -123,6 +122,7 @@ std::tuple<at::Tensor, at::Tensor> select_with_memory_cpu(
     const at::Tensor& memory_count, const OptionalTensor& ids, const OptionalTensor& memory_ids,
     std::optional<int64_t> reference_offset, std::string_view distance, std::string_view positive,
     std::string_view negative);
+decltype(select_with_memory_cpu) select_with_memory_cuda;
 
 Loss mined_triplet_loss_with_memory_cpu(const at::Tensor& embeddings, const at::Tensor& labels,
                                         const OptionalTensor& references, const OptionalTensor& reference_labels,
@@ -132,6 +132,7 @@ Loss mined_triplet_loss_with_memory_cpu(const at::Tensor& embeddings, const at::
                                         std::string_view positive, std::string_view negative, double margin,
                                         std::string_view distance, bool swap, bool soft_margin,
                                         std::string_view reduction);
+decltype(mined_triplet_loss_with_memory_cpu) mined_triplet_loss_with_memory_cuda;
 
 std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_with_memory_backward_cpu(
     const at::Tensor& grad, const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
@@ -140,5 +141,6 @@ std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_with_memory_backward_cpu(
     std::optional<int64_t> reference_offset, const at::Tensor& saved, const at::Tensor& stats,
     std::string_view positive, std::string_view negative, double margin, std::string_view distance, bool swap,
     bool soft_margin, std::string_view reduction);
+decltype(mined_triplet_loss_with_memory_backward_cpu) mined_triplet_loss_with_memory_backward_cuda;
 
 }  // namespace triplet_ext

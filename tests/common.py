@@ -18,6 +18,14 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 1e-3, tor
 
 product = itertools.product
 
+cuda_on_cpu = False  # pytest --cuda-on-cpu
+
+
+def on_cuda(device):
+    """Whether CUDA's kernels serve the tensors of that device: a GPU's, or any in a run of them on the CPU."""
+    return cuda_on_cpu or torch.device(device).type == "cuda"
+
+
 
 def name(x):
     """A test's id."""
@@ -116,7 +124,7 @@ def assert_chosen(got, wanted, x, y, distance, r=None, z=None):
     """The indices that the oracle chose, -1 for nobody; on a GPU, whose float32 can't tell more apart, indices of
     the same kind whose distance is the best one's up to rounding."""
     assert len(got) == len(wanted)
-    if x.device.type == "cpu" or x.dtype == torch.float64:
+    if not on_cuda(x.device) or x.dtype == torch.float64:
         assert got == wanted
         return
     wide, others = numpy(x), numpy(x if r is None else r)

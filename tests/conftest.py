@@ -1,17 +1,23 @@
 """Where tests run (`device`), by which implementation (`backend`), and on which random numbers (`rng`)."""
 
+import contextlib
+import ctypes
+import functools
 import os
 import pathlib
 import tempfile
 import warnings
 import zlib
 
+import common
 import hypothesis.internal.conjecture.providers as hypothesis_providers
 import instruction_sets
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from shared import once
+from simt import build
 
 from triplet_ext import _ops, reference
 
@@ -34,6 +40,11 @@ def pytest_addoption(parser):
     group.addoption("--seed", type=int, help="of all random inputs; default: $TRIPLET_EXT_TEST_SEED, or 1")
     group.addoption("--seeded", action="store_true", help="only tests whose inputs the seed decides")
     group.addoption("--cpp", action="store_true", help="only tests that the C++ kernels may serve")
+    group.addoption(
+        "--cuda-on-cpu",
+        choices=list(build.LIBRARY_MODES),
+        help="only tests of an implementation, and on csrc/cuda, built for the CPU in this mode: see tests/simt",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -42,6 +53,7 @@ def pytest_configure(config):
     if seed is None:
         seed = int(os.environ.get("TRIPLET_EXT_TEST_SEED") or 1)
     config.triplet_ext_seed = seed
+    common.cuda_on_cpu = bool(config.getoption("--cuda-on-cpu"))
     if getattr(config.option, "hypothesis_seed", 0) is None:  # read by its plugin, after this
         config.option.hypothesis_seed = str(seed)
 
@@ -62,6 +74,8 @@ def pytest_report_header(config):
 def pytest_collection_modifyitems(config, items):
     def wanted(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
+        if (params.get("backend") == "cuda-on-cpu") != common.cuda_on_cpu:
+            return False
         if config.option.cpp and (params.get("backend") == "reference" or params.get("device") == "cuda"):
             return False
         return not config.option.seeded or "rng" in item.fixturenames or item.get_closest_marker("hypothesis")
@@ -92,24 +106,48 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(scope="session")
+def cuda_kernels(request, tmp_path_factory):
+    """csrc/cuda, built for the CPU and loaded: the operators' kernels by name, which take tensors in host memory."""
+    mode = request.config.getoption("--cuda-on-cpu")
+    with once(tmp_path_factory, f"cuda-on-cpu-{mode}") as (folder, there):
+        path = build.library_place(mode, folder) if there else build.library(mode, folder)
+    torch.ops.load_library(path)
+    ctypes.CDLL(path).triplet_ext_guard_memory()
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    operators = {name: getattr(torch.ops.triplet_ext, name).default for name in _ops.SCHEMAS}
+    return {
+        name: functools.partial(operator.redispatch, keys)
+        for name, operator in operators.items()
+        if _ops.has_kernel(name, "cuda")
+    }
+
+
+@contextlib.contextmanager
+def implementation(device, kernels):
+    """Operators, for as long as a test runs, in place of the compiled ones."""
+    library = torch.library._scoped_library("triplet_ext", "IMPL")
+    with library as library, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        for name, kernel in kernels.items():
+            library.impl(name, kernel, device.upper(), allow_override=True)
+        yield
+
+
+@pytest.fixture(params=["native", "reference", "cuda-on-cpu"])
 def backend(request, device):
-    """Compiled kernels, or the plain-PyTorch definition put in their place."""
+    """Compiled kernels, or, put in their place, the plain-PyTorch definition or the CUDA kernels as they run on a CPU."""
     compiled = [name for name in _ops.SCHEMAS if _ops.has_kernel(name, device)]
-    built = bool(compiled)
-    if request.param == "native":
-        if not built:
+    if request.param == "cuda-on-cpu":
+        kernels = {name: getattr(reference, name) for name in compiled} | request.getfixturevalue("cuda_kernels")
+    elif request.param == "native":
+        if not compiled:
             pytest.skip(f"no compiled kernels for {device}: {_ops.why_not_compiled or 'not built'}")
-        yield "native"
-    elif not built:
-        yield "reference"
+        kernels = {}
     else:
-        with torch.library._scoped_library("triplet_ext", "IMPL") as library:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-                for name in compiled:
-                    library.impl(name, getattr(reference, name), device.upper(), allow_override=True)
-            yield "reference"
+        kernels = {name: getattr(reference, name) for name in compiled}
+    with implementation(device, kernels):
+        yield request.param
 
 
 @pytest.fixture

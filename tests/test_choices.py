@@ -16,6 +16,7 @@ from common import (
     gradients_of,
     name,
     numpy,
+    on_cuda,
     product,
     rows,
 )
@@ -74,7 +75,7 @@ def assert_chooses(x, y, rules, distance, ours, theirs):
 @pytest.mark.parametrize("kind", [*KINDS, "parallel", "one apart"])
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_every_strategy_chooses_as_float64_does(rng, device, backend, rules, distance, kind):
-    if device == "cuda":
+    if on_cuda(device):
         pytest.skip("float32 can't tell apart what float64 can")
     sizes = ((23, 41, 1, 4), (31, 47, 5, 9), (19, 70, 33, 6))
     for dtype, (way, (count, total, width, number)) in product(DTYPES, zip(rng.permutation(WAYS), sizes)):
@@ -87,7 +88,7 @@ def test_every_strategy_chooses_as_float64_does(rng, device, backend, rules, dis
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 def test_neighbours_one_step_apart(rng, device, backend, rules, distance, dtype):
     """Many rows about each of few points, and as far from the centre as from one another."""
-    if device == "cuda":
+    if on_cuda(device):
         pytest.skip("float32 can't tell apart what float64 can")
     for way, width in zip(WAYS, (3, 8, 17)):
         (x, y), ours, theirs = a_batch(rng, 60, 130, width, 12, dtype, "near ties", way, device)
@@ -112,7 +113,7 @@ def test_choices_without_a_look_at_values(rng, monkeypatch, device, rules, dista
 @pytest.mark.parametrize("kind", ["near ties", "normal", "mean 1000"])
 def test_a_dtype_is_no_rule(rng, device, backend, rules, distance, kind):
     """float32 rows, and the same in float64: several thousand choices."""
-    if device == "cuda":
+    if on_cuda(device):
         pytest.skip("float32 can't tell apart what float64 can")
     x, y = rows(rng, 2000, 8, torch.float32, kind, device), classes(rng, 2000, device=device)
     narrow, wide = (mine(v, y, Mining(*rules), distance=distance) for v in (x, x.double()))
@@ -127,7 +128,7 @@ def test_a_dtype_is_no_rule(rng, device, backend, rules, distance, kind):
 def test_the_loss_is_that_of_these_triplets(rng, device, backend, rules, kind, dtype):
     """Values and gradients, for which the sums over all triplets choose on their own. A margin beyond every distance
     makes each triplet count."""
-    if device == "cuda":
+    if on_cuda(device):
         pytest.skip("float32 can't tell apart what float64 can")
     for way, width in zip(WAYS, (2, 9, 5)):
         (x, y), ours, theirs = a_batch(rng, 33, 58, width, 7, dtype, kind, way, device)
@@ -157,7 +158,7 @@ def rows_that_tie(rng, kind, count, width, dtype):
 @strategies
 def test_sums_are_those_of_numpy(rng, device, backend, rules, dtype, kind):
     """Bit by bit, whatever the width: in eights, halves and what is left, and without a fused multiply-add."""
-    if device == "cuda":
+    if on_cuda(device):
         pytest.skip("adds in another order")
     for width in (1, 3, 5, 7, 8, 9, 15, 16, 20, 30, 64, 127, 128, 129, 136, 257, 300):
         x, y = rows_that_tie(rng, kind, 14, width, dtype), torch.from_numpy(rng.integers(0, 3, 14))
@@ -195,7 +196,7 @@ def test_parallel_rows_of_other_lengths(device, backend, rules):
     x = [[1, 0, 0], [1, 1, 0], [3, 3, 0], [5, 5, 0], [1, 2, 2], [3, 6, 6], [5, 10, 10]]
     x = torch.tensor(x, dtype=torch.float64, device=device)
     y = torch.tensor([0, 0, 0, 0, 1, 1, 1], device=device)
-    if device == "cuda" and rules != ("hard", "hard"):
+    if on_cuda(device) and rules != ("hard", "hard"):
         pytest.skip("chooses in float32")
     triplets = [t for t in listed(mine(x, y, Mining(*rules), distance="cosine")) if t[0] == 0]
     positives = {"hard": [1], "easy": [1], "all": [1, 2, 3]}[rules[0]]

@@ -16,6 +16,7 @@ from common import (
     gradients_of,
     name,
     numpy,
+    on_cuda,
     product,
     rows,
     weight_for,
@@ -222,7 +223,7 @@ def test_swap_is_not_defined_where_every_negative_is_taken(rng):
 @pytest.mark.parametrize("count, size", [(9, 3), (24, 20)])
 def test_rows_below_the_floor_of_a_norm(rng, device, backend, rules, dtype, count, size):
     """Where the norm is a constant: on one side of a pair, or on both; with few positives and with many."""
-    if device == "cuda":
+    if on_cuda(device):
         pytest.skip("float32 can't tell apart what float64 can")
     options = oracle.Options(0.5, "cosine", reduction="sum")
     for references in (False, True):
@@ -248,7 +249,7 @@ def test_rows_below_the_floor_of_a_norm(rng, device, backend, rules, dtype, coun
 def test_gradients_of_near_rows(rng, device, backend, rules, soft_margin, count, size):
     """The gradient of a root is that of a direction, however near the rows are: row by row, no difference of two large
     numbers is left. Some rows are equal, which pull at nothing."""
-    if device == "cuda":
+    if on_cuda(device):
         pytest.skip("float32 can't tell apart what float64 can")
     options = oracle.Options(3.0, "euclidean", soft_margin=soft_margin, reduction="sum")
     y = torch.arange(count) // size
@@ -269,7 +270,7 @@ def test_gradients_of_near_rows(rng, device, backend, rules, soft_margin, count,
 @pytest.mark.parametrize("gap", [1e-6, 0])
 def test_a_collapsed_batch(rng, device, backend, gap):
     """More near pairs than are pulled one by one: their centre is near, too. Equal rows pull at nothing."""
-    if device == "cuda":
+    if on_cuda(device):
         pytest.skip("float32 can't tell apart what float64 can")
     x = (rows(rng, 1, 8) + gap * rows(rng, 600, 8)).float()
     y = torch.from_numpy(rng.integers(0, 60, 600))

@@ -55,7 +55,7 @@ def explain(embeddings: Tensor, labels: Optional[Tensor] = None) -> str:
     """
     x = _checks.explain(embeddings, labels)
     info, device = build_info(), x.device.type
-    native = all(_ops.has_kernel(name, device) for name in _ops.SCHEMAS if "memory" not in name)
+    native = all(_ops.has_kernel(name, device) for name in _ops.SCHEMAS)
     count = torch.get_num_threads()
     details = {
         "cpu": f", {info['cpu_capability']}, {count} thread{'s' if count > 1 else ''}",

@@ -1,12 +1,18 @@
 // From tensors to the kernels: the device, its current stream, workspace from torch's allocator, and which kernel.
 // Nothing here waits for the device or allocates beside torch, so all of it can be captured in a CUDA graph.
 #include <ATen/Context.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/sort.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
@@ -157,6 +163,49 @@ void check_rows(int64_t count, int64_t total) {
                     " rows, got ", count, " and ", total);
 }
 
+// What an operator that mines is given.
+struct Batch {
+  at::Tensor x, y;            // anchors
+  OptionalTensor r, z;        // references; absent: the anchors
+  at::Tensor keys;            // z, and where no row is there a number above every label
+  at::Tensor there;           // how many references are there; undefined: all
+  at::Tensor ids, other_ids;  // undefined: none
+  std::optional<int64_t> offset;
+
+  Batch(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+        const OptionalTensor& reference_labels, std::optional<int64_t> reference_offset)
+      : x(embeddings), y(labels.contiguous()), r(references), keys(y), offset(references ? reference_offset : 0) {
+    if (references) keys = *(z = reference_labels->contiguous());
+  }
+
+  // With the first rows of a memory behind the references.
+  Batch(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+        const OptionalTensor& reference_labels, const at::Tensor& memory, const at::Tensor& memory_labels,
+        const at::Tensor& memory_count, const OptionalTensor& given_ids, const OptionalTensor& memory_ids,
+        std::optional<int64_t> reference_offset)
+      : Batch(embeddings, labels, references, reference_labels, reference_offset) {
+    const at::Tensor before = references ? *references : embeddings, before_labels = keys;
+    const int64_t first = before.size(0), more = memory.size(0);
+    r = at::cat({before, memory});
+    z = at::cat({before_labels, memory_labels});
+    const at::Tensor none = at::full({}, std::numeric_limits<int64_t>::max(), y.options());
+    const at::Tensor is_there = at::arange(more, y.options()).lt(memory_count);
+    keys = at::cat({before_labels, at::where(is_there, memory_labels, none)});
+    there = memory_count.clamp(0, more).add(first);
+    if (!given_ids || !memory_ids) return;
+    ids = given_ids->contiguous();
+    other_ids = at::cat({at::full({first}, kNoId, y.options()), *memory_ids});
+  }
+
+  const at::Tensor& references() const { return r ? *r : x; }
+  const at::Tensor& reference_labels() const { return z ? *z : y; }
+  const int64_t* there_or_null() const { return there.defined() ? index_of(there) : nullptr; }
+  Own own() const {
+    return {offset.value_or(kNobody), ids.defined() ? index_of(ids) : nullptr,
+            ids.defined() ? index_of(other_ids) : nullptr};
+  }
+};
+
 // --- the selection from tiles -----------------------------------------------------------------------------------
 
 // A side's labels in ascending order, and room for its rows.
@@ -164,9 +213,10 @@ struct Side {
   at::Tensor labels, order, packed, bias, finite, range;
   TileSide params;
 
-  Side(const at::Tensor& x, const at::Tensor& given, int64_t packed_bytes, const at::Tensor& inverse) {
+  Side(const at::Tensor& x, const at::Tensor& keys, const int64_t* there, int64_t packed_bytes,
+       const at::Tensor& inverse) {
     const int64_t count = x.size(0), padded = (count + kTileRows - 1) / kTileRows * kTileRows;
-    std::tie(labels, order) = at::sort(given, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    std::tie(labels, order) = at::sort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false);
     const auto bytes = x.options().dtype(at::kByte);
     packed = at::empty({padded * packed_bytes}, bytes);
     bias = at::empty({padded}, x.options().dtype(at::kFloat));
@@ -181,6 +231,7 @@ struct Side {
               scale ? scale + count : nullptr,
               count,
               padded,
+              there,
               packed.mutable_data_ptr(),
               bias.mutable_data_ptr<float>(),
               finite.mutable_data_ptr<uint8_t>(),
@@ -213,25 +264,25 @@ Products products_of(const at::Tensor& x, bool cosine) {
   return x.scalar_type() == at::kHalf ? Products::Float16 : Products::BFloat16;
 }
 
-void select_tiles(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& references, const at::Tensor& z,
-                  std::optional<int64_t> offset, const at::Tensor& unit_x, const at::Tensor& unit_r, int64_t* positive,
+void select_tiles(const Batch& batch, const at::Tensor& unit_x, const at::Tensor& unit_r, int64_t* positive,
                   int64_t* negative) {
+  const at::Tensor& x = batch.x;
   const Products products = products_of(x, unit_x.defined());
   const int64_t width = products == Products::Float32 || products == Products::TF32 ? 4 : 2;
   const int64_t packed_bytes = (x.size(1) * width + kTileChunk - 1) / kTileChunk * kTileChunk;
-  const Side anchors(x, y, packed_bytes, unit_x);
+  const Side anchors(x, batch.y, nullptr, packed_bytes, unit_x);
   std::optional<Side> others;
-  if (references) others.emplace(*references, z, packed_bytes, unit_r);
+  if (batch.r) others.emplace(*batch.r, batch.keys, batch.there_or_null(), packed_bytes, unit_r);
   const at::Tensor shift = at::empty({x.size(1) + 1}, x.options().dtype(at::kFloat));
   const at::Tensor zeros = at::zeros({2 * x.size(0) + 1}, x.options().dtype(at::kLong));
   auto* const keys = reinterpret_cast<unsigned long long*>(zeros.mutable_data_ptr<int64_t>());
   const TileParams params{anchors.params,
                           others ? others->params : anchors.params,
-                          !references,
+                          !batch.r,
                           products,
                           x.size(1),
                           packed_bytes,
-                          offset.value_or(kNobody),
+                          batch.own(),
                           shift.mutable_data_ptr<float>(),
                           keys,
                           keys + x.size(0),
@@ -250,12 +301,12 @@ constexpr int64_t kRoomBytesEach = 64;   // an anchor, if that is more
 
 // The rows of one side in the order of their labels.
 struct OrderedSide {
-  at::Tensor given, labels, order, finite, unit;
+  at::Tensor labels, order, finite, unit;
   MinedSide params;
 
-  OrderedSide(const at::Tensor& x, const at::Tensor& y, bool cosine) : given(y.contiguous()) {
+  OrderedSide(const at::Tensor& x, const at::Tensor& given, const at::Tensor& keys, const int64_t* there, bool cosine) {
     const int64_t count = x.size(0);
-    std::tie(labels, order) = at::sort(given, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    std::tie(labels, order) = at::sort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false);
     finite = at::empty({count}, x.options().dtype(at::kByte));
     const char* inverse = nullptr;
     if (cosine) {
@@ -270,7 +321,8 @@ struct OrderedSide {
               index_of(given),
               inverse,
               cosine ? inverse + count * int64_t(unit.element_size()) : nullptr,
-              finite.mutable_data_ptr<uint8_t>()};
+              finite.mutable_data_ptr<uint8_t>(),
+              there};
   }
 };
 
@@ -278,31 +330,34 @@ struct OrderedSide {
 struct Mined {
   OrderedSide anchors;
   std::optional<OrderedSide> others;
-  at::Tensor reach, bad, most, counters;
+  at::Tensor reach, itself, bad, most, counters;
   MinedParams params{};
 
-  Mined(const at::Tensor& x, const at::Tensor& y, const OptionalTensor& references, const OptionalTensor& z,
-        std::optional<int64_t> offset, std::string_view positive, std::string_view negative, const Measure& measure,
+  Mined(const Batch& batch, std::string_view positive, std::string_view negative, const Measure& measure,
         Reduction reduction)
-      : anchors(x, y, measure.distance == Distance::Cosine) {
-    check_rows(x.size(0), references ? references->size(0) : 0);
-    if (references) others.emplace(*references, *z, measure.distance == Distance::Cosine);
+      : anchors(batch.x, batch.y, batch.y, nullptr, measure.distance == Distance::Cosine) {
+    const at::Tensor& x = batch.x;
     const int64_t count = x.size(0);
+    check_rows(count, batch.references().size(0));
+    if (batch.r)
+      others.emplace(*batch.r, *batch.z, batch.keys, batch.there_or_null(), measure.distance == Distance::Cosine);
     const auto of = [&](at::ScalarType type) { return x.options().dtype(type); };
     reach = at::empty({count, int64_t(sizeof(Reach))}, of(at::kByte));
+    itself = at::empty({count}, of(at::kInt));
     bad = at::empty({count}, of(at::kByte));
     most = at::empty({(count + kMinedRows - 1) / kMinedRows}, of(at::kInt));
     counters = at::empty({kMinedCounters}, of(at::kInt));
     params.x = anchors.params;
     params.r = others ? others->params : anchors.params;
-    params.apart = references.has_value();
+    params.apart = batch.r.has_value();
     params.depth = x.size(1);
-    params.offset = references ? offset.value_or(kNobody) : 0;
+    params.own = batch.own();
     params.positive = parse_positive(positive);
     params.negative = parse_negative(negative);
     params.measure = measure;
     params.reduction = reduction;
     params.reach = static_cast<Reach*>(reach.mutable_data_ptr());
+    params.itself = itself.mutable_data_ptr<int32_t>();
     params.bad = bad.mutable_data_ptr<uint8_t>();
     params.most = most.mutable_data_ptr<int32_t>();
     params.counters = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<int32_t>());
@@ -330,6 +385,137 @@ struct Mined {
             first, slots};
   }
 };
+
+std::tuple<at::Tensor, at::Tensor> select_hardest(const Batch& batch, std::string_view distance) {
+  const at::Tensor &x = batch.x, &others = batch.references();
+  const int64_t count = x.size(0), total = others.size(0), depth = x.size(1);
+  check_rows(count, total);
+  at::Tensor positive = at::empty({count}, batch.y.options()), negative = at::empty({count}, batch.y.options());
+  if (count == 0) return {positive, negative};
+  at::Tensor unit_x, unit_r;
+  if (parse_distance(distance) == Distance::Cosine) {
+    const auto units = [](const at::Tensor& rows) {
+      at::Tensor unit = at::empty({2, rows.size(0)}, rows.options().dtype(accumulation_type(rows)));
+      char* const inverse = static_cast<char*>(unit.mutable_data_ptr());
+      norms(rows, inverse, inverse + rows.size(0) * int64_t(unit.element_size()));
+      return unit;
+    };
+    unit_x = units(x);
+    unit_r = batch.r ? units(others) : unit_x;
+  }
+  int64_t* const p = positive.mutable_data_ptr<int64_t>();
+  int64_t* const n = negative.mutable_data_ptr<int64_t>();
+  if (x.scalar_type() != at::kDouble && total > 0 && depth > 0 && count > kMostPairs / total / depth) {
+    select_tiles(batch, unit_x, unit_r, p, n);
+    return {positive, negative};
+  }
+  SelectParams params{matrix_of(x),
+                      matrix_of(others),
+                      index_of(batch.y),
+                      index_of(batch.reference_labels()),
+                      depth,
+                      batch.there_or_null(),
+                      batch.own(),
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      p,
+                      n};
+  if (unit_x.defined()) {
+    const auto lack = [](const at::Tensor& unit) {
+      return static_cast<const char*>(unit.const_data_ptr()) + unit.size(1) * int64_t(unit.element_size());
+    };
+    params.inverse_x = unit_x.const_data_ptr();
+    params.lack_x = lack(unit_x);
+    params.inverse_r = unit_r.const_data_ptr();
+    params.lack_r = lack(unit_r);
+  }
+  check(launch_select_pairs(params, element_of(x), stream()), "select_pairs");
+  return {positive, negative};
+}
+
+std::tuple<at::Tensor, at::Tensor> select_pair(const Batch& batch, std::string_view distance, std::string_view positive,
+                                               std::string_view negative) {
+  const int64_t count = batch.x.size(0);
+  at::Tensor p = at::empty({count}, batch.y.options()), n = at::empty({count}, batch.y.options());
+  if (count == 0) return {p, n};
+  const Measure measure{0, 2, 0, parse_distance(distance), false, false};
+  Mined mined(batch, positive, negative, measure, Reduction::Sum);
+  mined.params.selects = true;
+  SelectPairParams params{};
+  static_cast<MinedParams&>(params) = mined.params;
+  params.positive = p.mutable_data_ptr<int64_t>();
+  params.negative = n.mutable_data_ptr<int64_t>();
+  check(launch_select_pair(params, element_of(batch.x), stream()), "select_pair");
+  return {p, n};
+}
+
+Loss mined_forward(const Batch& batch, std::string_view positive, std::string_view negative, const Measure& measure,
+                   std::string_view reduction) {
+  TORCH_CHECK_VALUE(!measure.swap || negative != "all", "swap must be False where every negative is taken");
+  const at::Tensor& x = batch.x;
+  const Mined mined(batch, positive, negative, measure, parse_reduction(reduction));
+  const int64_t count = x.size(0), total = mined.params.r.rows.rows;
+  const auto acc = x.options().dtype(accumulation_type(x));
+  at::Tensor loss = mined.params.reduction == Reduction::None ? at::empty({count}, acc) : at::empty({}, acc);
+  at::Tensor saved = at::empty({count, saved_width(x, total)}, x.options().dtype(at::kInt));
+  at::Tensor stats = at::empty({kStats}, x.options().dtype(at::kDouble));
+  const at::Tensor partial = at::empty({mined_blocks(count), kMinedSums}, stats.options());
+  MinedForwardParams params{};
+  static_cast<MinedParams&>(params) = mined.params;
+  params.loss = loss.mutable_data_ptr();
+  params.stats = stats.mutable_data_ptr<double>();
+  params.partial = partial.mutable_data_ptr<double>();
+  params.saved = mined.entries(saved, int64_t(loss.element_size()), 0, mined.useful());
+  check(launch_mined_forward(params, element_of(x), stream()), "mined_forward");
+  return {loss, saved, stats};
+}
+
+// The gradients of the anchors and of the first `written` references.
+std::tuple<at::Tensor, at::Tensor> mined_backward(const at::Tensor& grad, const Batch& batch, int64_t written,
+                                                  const at::Tensor& saved, const at::Tensor& stats,
+                                                  std::string_view positive, std::string_view negative,
+                                                  const Measure& measure, std::string_view reduction) {
+  TORCH_CHECK_VALUE(!measure.swap || negative != "all", "swap must be False where every negative is taken");
+  const at::Tensor& x = batch.x;
+  at::Tensor own = at::empty(x.sizes(), x.options());
+  at::Tensor other = at::empty({written, x.size(1)}, x.options());
+  const Mined mined(batch, positive, negative, measure, parse_reduction(reduction));
+  const int64_t count = x.size(0), bytes = accumulation_type(x) == at::kDouble ? 8 : 4;
+  const at::Tensor weight = grad.to(accumulation_type(x)).contiguous();
+  MinedBackwardParams params{};
+  static_cast<MinedParams&>(params) = mined.params;
+  params.grad = weight.const_data_ptr();
+  params.grad_stride = params.reduction == Reduction::None ? 1 : 0;
+  params.stats = stats.const_data_ptr<double>();
+  params.grad_x = own.mutable_data_ptr();
+  params.grad_r = other.mutable_data_ptr();
+  params.written = written;
+  params.saved = mined.entries(saved, bytes, 0, mined.useful());
+  // Whether any class is larger than what was saved only the device knows; whether one can be is known here.
+  at::Tensor room, rest_x, rest_r;
+  params.room.slots = 1;
+  if (mined.useful() > params.saved.slots && count > 0) {
+    const int64_t most = mined.anchor_bytes() + std::min(mined.useful(), kMostSlots) * mined.entry_bytes(bytes);
+    const int64_t least = mined.anchor_bytes() + mined.entry_bytes(bytes);
+    const int64_t each = std::max(least, std::min(most, std::max(kRoomBytesEach, kRoomBytes / count)));
+    room = at::empty({count * each}, x.options().dtype(at::kByte));
+    params.room = mined.entries(room, bytes, params.saved.slots, kMostSlots);
+    if (x.element_size() == 2) {
+      rest_x = at::empty(own.sizes(), own.options());
+      rest_r = at::empty(other.sizes(), other.options());
+      params.rest_x = rest_x.mutable_data_ptr();
+      params.rest_r = rest_r.mutable_data_ptr();
+    }
+  }
+  params.turns = std::numeric_limits<int64_t>::max();
+  const int64_t items =
+      (count + kMinedRows - 1) / kMinedRows + (params.apart ? (params.r.rows.rows + kMinedRows - 1) / kMinedRows : 0);
+  const int64_t blocks = std::min<int64_t>(std::max<int64_t>(items, 1), 2 * multiprocessors());
+  check(launch_mined_backward(params, element_of(x), blocks, stream()), "mined_backward");
+  return {own, other};
+}
 
 }  // namespace
 
@@ -424,55 +610,7 @@ std::tuple<at::Tensor, at::Tensor> select_hardest_cuda(const at::Tensor& embeddi
                                                        std::optional<int64_t> reference_offset,
                                                        std::string_view distance) {
   const c10::cuda::CUDAGuard guard(embeddings.device());
-  const at::Tensor& others = references ? *references : embeddings;
-  const int64_t count = embeddings.size(0), total = others.size(0), depth = embeddings.size(1);
-  check_rows(count, total);
-  at::Tensor positive = at::empty({count}, labels.options()), negative = at::empty({count}, labels.options());
-  if (count == 0) return {positive, negative};
-  const at::Tensor y = labels.contiguous(), z = references ? reference_labels->contiguous() : y;
-  const std::optional<int64_t> offset = references ? reference_offset : std::optional<int64_t>(0);
-
-  at::Tensor unit_x, unit_r;
-  if (parse_distance(distance) == Distance::Cosine) {
-    const auto options = embeddings.options().dtype(accumulation_type(embeddings));
-    const auto units = [&](const at::Tensor& x) {
-      at::Tensor unit = at::empty({2, x.size(0)}, options);
-      norms(x, unit.mutable_data_ptr(),
-            static_cast<char*>(unit.mutable_data_ptr()) + x.size(0) * int64_t(unit.element_size()));
-      return unit;
-    };
-    unit_x = units(embeddings);
-    unit_r = references ? units(others) : unit_x;
-  }
-  int64_t* const p = positive.mutable_data_ptr<int64_t>();
-  int64_t* const n = negative.mutable_data_ptr<int64_t>();
-  if (embeddings.scalar_type() != at::kDouble && total > 0 && depth > 0 && count > kMostPairs / total / depth) {
-    select_tiles(embeddings, y, references, z, offset, unit_x, unit_r, p, n);
-    return {positive, negative};
-  }
-  SelectParams params{matrix_of(embeddings),
-                      matrix_of(others),
-                      index_of(y),
-                      index_of(z),
-                      depth,
-                      offset.value_or(kNobody),
-                      nullptr,
-                      nullptr,
-                      nullptr,
-                      nullptr,
-                      p,
-                      n};
-  if (unit_x.defined()) {
-    const auto lack = [](const at::Tensor& unit) {
-      return static_cast<const char*>(unit.const_data_ptr()) + unit.size(1) * int64_t(unit.element_size());
-    };
-    params.inverse_x = unit_x.const_data_ptr();
-    params.lack_x = lack(unit_x);
-    params.inverse_r = unit_r.const_data_ptr();
-    params.lack_r = lack(unit_r);
-  }
-  check(launch_select_pairs(params, element_of(embeddings), stream()), "select_pairs");
-  return {positive, negative};
+  return select_hardest({embeddings, labels, references, reference_labels, reference_offset}, distance);
 }
 
 std::tuple<at::Tensor, at::Tensor> select_pair_cuda(const at::Tensor& embeddings, const at::Tensor& labels,
@@ -481,19 +619,8 @@ std::tuple<at::Tensor, at::Tensor> select_pair_cuda(const at::Tensor& embeddings
                                                     std::optional<int64_t> reference_offset, std::string_view distance,
                                                     std::string_view positive, std::string_view negative) {
   const c10::cuda::CUDAGuard guard(embeddings.device());
-  at::Tensor p = at::empty({embeddings.size(0)}, labels.options()),
-             n = at::empty({embeddings.size(0)}, labels.options());
-  if (embeddings.size(0) == 0) return {p, n};
-  const Measure measure{0, 2, 0, parse_distance(distance), false, false};
-  Mined mined(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
-              Reduction::Sum);
-  mined.params.selects = true;
-  SelectPairParams params{};
-  static_cast<MinedParams&>(params) = mined.params;
-  params.positive = p.mutable_data_ptr<int64_t>();
-  params.negative = n.mutable_data_ptr<int64_t>();
-  check(launch_select_pair(params, element_of(embeddings), stream()), "select_pair");
-  return {p, n};
+  return select_pair({embeddings, labels, references, reference_labels, reference_offset}, distance, positive,
+                     negative);
 }
 
 Loss mined_triplet_loss_cuda(const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
@@ -501,24 +628,8 @@ Loss mined_triplet_loss_cuda(const at::Tensor& embeddings, const at::Tensor& lab
                              std::string_view positive, std::string_view negative, double margin,
                              std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
   const c10::cuda::CUDAGuard guard(embeddings.device());
-  TORCH_CHECK_VALUE(!swap || negative != "all", "swap must be False where every negative is taken");
-  const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
-  const Mined mined(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
-                    parse_reduction(reduction));
-  const int64_t count = embeddings.size(0), total = mined.params.r.rows.rows;
-  const auto acc = embeddings.options().dtype(accumulation_type(embeddings));
-  at::Tensor loss = mined.params.reduction == Reduction::None ? at::empty({count}, acc) : at::empty({}, acc);
-  at::Tensor saved = at::empty({count, saved_width(embeddings, total)}, embeddings.options().dtype(at::kInt));
-  at::Tensor stats = at::empty({kStats}, embeddings.options().dtype(at::kDouble));
-  const at::Tensor partial = at::empty({mined_blocks(count), kMinedSums}, stats.options());
-  MinedForwardParams params{};
-  static_cast<MinedParams&>(params) = mined.params;
-  params.loss = loss.mutable_data_ptr();
-  params.stats = stats.mutable_data_ptr<double>();
-  params.partial = partial.mutable_data_ptr<double>();
-  params.saved = mined.entries(saved, int64_t(loss.element_size()), 0, mined.useful());
-  check(launch_mined_forward(params, element_of(embeddings), stream()), "mined_forward");
-  return {loss, saved, stats};
+  return mined_forward({embeddings, labels, references, reference_labels, reference_offset}, positive, negative,
+                       {margin, 2, 0, parse_distance(distance), swap, soft_margin}, reduction);
 }
 
 std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cuda(
@@ -527,44 +638,70 @@ std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_backward_cuda(
     const at::Tensor& stats, std::string_view positive, std::string_view negative, double margin,
     std::string_view distance, bool swap, bool soft_margin, std::string_view reduction) {
   const c10::cuda::CUDAGuard guard(embeddings.device());
-  TORCH_CHECK_VALUE(!swap || negative != "all", "swap must be False where every negative is taken");
-  const Measure measure{margin, 2, 0, parse_distance(distance), swap, soft_margin};
-  at::Tensor own = at::empty(embeddings.sizes(), embeddings.options());
-  at::Tensor other = at::empty(references ? references->sizes() : at::IntArrayRef{0}, embeddings.options());
-  const Mined mined(embeddings, labels, references, reference_labels, reference_offset, positive, negative, measure,
-                    parse_reduction(reduction));
-  const int64_t count = embeddings.size(0), bytes = accumulation_type(embeddings) == at::kDouble ? 8 : 4;
-  const at::Tensor weight = grad.to(accumulation_type(embeddings)).contiguous();
-  MinedBackwardParams params{};
-  static_cast<MinedParams&>(params) = mined.params;
-  params.grad = weight.const_data_ptr();
-  params.grad_stride = params.reduction == Reduction::None ? 1 : 0;
-  params.stats = stats.const_data_ptr<double>();
-  params.grad_x = own.mutable_data_ptr();
-  params.grad_r = other.mutable_data_ptr();
-  params.saved = mined.entries(saved, bytes, 0, mined.useful());
-  // Whether any class is larger than what was saved only the device knows; whether one can be is known here.
-  at::Tensor room, rest_x, rest_r;
-  params.room.slots = 1;
-  if (mined.useful() > params.saved.slots && count > 0) {
-    const int64_t most = mined.anchor_bytes() + std::min(mined.useful(), kMostSlots) * mined.entry_bytes(bytes);
-    const int64_t least = mined.anchor_bytes() + mined.entry_bytes(bytes);
-    const int64_t each = std::max(least, std::min(most, std::max(kRoomBytesEach, kRoomBytes / count)));
-    room = at::empty({count * each}, embeddings.options().dtype(at::kByte));
-    params.room = mined.entries(room, bytes, params.saved.slots, kMostSlots);
-    if (embeddings.element_size() == 2) {
-      rest_x = at::empty(own.sizes(), own.options());
-      rest_r = at::empty(other.sizes(), other.options());
-      params.rest_x = rest_x.mutable_data_ptr();
-      params.rest_r = rest_r.mutable_data_ptr();
-    }
-  }
-  params.turns = std::numeric_limits<int64_t>::max();
-  const int64_t items =
-      (count + kMinedRows - 1) / kMinedRows + (params.apart ? (params.r.rows.rows + kMinedRows - 1) / kMinedRows : 0);
-  const int64_t blocks = std::min<int64_t>(std::max<int64_t>(items, 1), 2 * multiprocessors());
-  check(launch_mined_backward(params, element_of(embeddings), blocks, stream()), "mined_backward");
-  return {own, other};
+  const auto [own, other] = mined_backward(grad, {embeddings, labels, references, reference_labels, reference_offset},
+                                           references ? references->size(0) : 0, saved, stats, positive, negative,
+                                           {margin, 2, 0, parse_distance(distance), swap, soft_margin}, reduction);
+  return {own, references ? other : at::empty({0}, own.options())};
+}
+
+// The rows of a memory are copied behind the references, and served by the kernels of those.
+std::tuple<at::Tensor, at::Tensor> select_with_memory_cuda(
+    const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+    const OptionalTensor& reference_labels, const at::Tensor& memory, const at::Tensor& memory_labels,
+    const at::Tensor& memory_count, const OptionalTensor& ids, const OptionalTensor& memory_ids,
+    std::optional<int64_t> reference_offset, std::string_view distance, std::string_view positive,
+    std::string_view negative) {
+  const c10::cuda::CUDAGuard guard(embeddings.device());
+  const Batch batch(embeddings, labels, references, reference_labels, memory, memory_labels, memory_count, ids,
+                    memory_ids, reference_offset);
+  if (positive == "hard" && negative == "hard") return select_hardest(batch, distance);
+  return select_pair(batch, distance, positive, negative);
+}
+
+Loss mined_triplet_loss_with_memory_cuda(const at::Tensor& embeddings, const at::Tensor& labels,
+                                         const OptionalTensor& references, const OptionalTensor& reference_labels,
+                                         const at::Tensor& memory, const at::Tensor& memory_labels,
+                                         const at::Tensor& memory_count, const OptionalTensor& ids,
+                                         const OptionalTensor& memory_ids, std::optional<int64_t> reference_offset,
+                                         std::string_view positive, std::string_view negative, double margin,
+                                         std::string_view distance, bool swap, bool soft_margin,
+                                         std::string_view reduction) {
+  const c10::cuda::CUDAGuard guard(embeddings.device());
+  const Batch batch(embeddings, labels, references, reference_labels, memory, memory_labels, memory_count, ids,
+                    memory_ids, reference_offset);
+  return mined_forward(batch, positive, negative, {margin, 2, 0, parse_distance(distance), swap, soft_margin},
+                       reduction);
+}
+
+std::tuple<at::Tensor, at::Tensor> mined_triplet_loss_with_memory_backward_cuda(
+    const at::Tensor& grad, const at::Tensor& embeddings, const at::Tensor& labels, const OptionalTensor& references,
+    const OptionalTensor& reference_labels, const at::Tensor& memory, const at::Tensor& memory_labels,
+    const at::Tensor& memory_count, const OptionalTensor& ids, const OptionalTensor& memory_ids,
+    std::optional<int64_t> reference_offset, const at::Tensor& saved, const at::Tensor& stats,
+    std::string_view positive, std::string_view negative, double margin, std::string_view distance, bool swap,
+    bool soft_margin, std::string_view reduction) {
+  const c10::cuda::CUDAGuard guard(embeddings.device());
+  const Batch batch(embeddings, labels, references, reference_labels, memory, memory_labels, memory_count, ids,
+                    memory_ids, reference_offset);
+  const int64_t written = references ? references->size(0) : embeddings.size(0);
+  const auto [own, other] = mined_backward(grad, batch, written, saved, stats, positive, negative,
+                                           {margin, 2, 0, parse_distance(distance), swap, soft_margin}, reduction);
+  if (references) return {own, other};
+  return {own.add(other), at::empty({0}, own.options())};  // the anchors are references, too
+}
+
+TORCH_LIBRARY_IMPL(triplet_ext, CUDA, m) {
+  m.impl("triplet_loss", &triplet_loss_cuda);
+  m.impl("triplet_loss_backward", &triplet_loss_backward_cuda);
+  m.impl("indexed_triplet_loss", &indexed_triplet_loss_cuda);
+  m.impl("indexed_triplet_loss_backward", &indexed_triplet_loss_backward_cuda);
+  m.impl("select_hardest", &select_hardest_cuda);
+  m.impl("select_pair", &select_pair_cuda);
+  m.impl("mined_triplet_loss", &mined_triplet_loss_cuda);
+  m.impl("mined_triplet_loss_backward", &mined_triplet_loss_backward_cuda);
+  m.impl("select_with_memory", &select_with_memory_cuda);
+  m.impl("mined_triplet_loss_with_memory", &mined_triplet_loss_with_memory_cuda);
+  m.impl("mined_triplet_loss_with_memory_backward", &mined_triplet_loss_with_memory_backward_cuda);
 }
 
 }  // namespace triplet_ext

@@ -18,6 +18,9 @@ struct Matrix {
   int64_t rows, row_stride, column_stride;
 };
 
+// Of a memory that fills only the device knows how many rows are there. Where kernels are given `there`, that many
+// references are, the first ones in every order; null: all.
+
 // The loss of T triplets, explicit or indexed. Triplet t is (anchor[a[t]], positive[p[t]], negative[n[t]]), a null
 // index meaning t.
 struct TripletParams {
@@ -75,16 +78,26 @@ struct NormParams {
   void *inverse, *lack;  // acc [rows]
 };
 
+// Which references are an anchor itself, hence not its positives: anchor i is reference i + offset, and is those of its
+// id. Rows of one id have one label.
+struct Own {
+  int64_t offset;                  // kNobody: no reference
+  const int64_t *ids, *other_ids;  // [B], [R], kNoId: nobody's; null: there are none
+};
+constexpr int64_t kNobody = -(int64_t(1) << 40);  // far enough below every index for i + offset to meet none
+constexpr int64_t kNoId = INT64_MIN;
+
 // Batch-hard selection: what is asked for.
 struct SelectParams {
   Matrix x, r;  // anchors and references
   const int64_t *labels_x, *labels_r;
-  int64_t depth, offset;  // anchor i is reference i + offset; kNobody: none is
+  int64_t depth;
+  const int64_t* there;  // as count_of() wants it
+  Own own;
   // acc [rows], of the cosine distance: 1 / max(norm, floor), and what the squared norm lacks to 1 after that
   const void *inverse_x, *lack_x, *inverse_r, *lack_r;
   int64_t *positive, *negative;  // [B], -1 where there is none
 };
-constexpr int64_t kNobody = -(int64_t(1) << 40);  // far enough below every index for i + offset to meet none
 
 // How the tensor cores multiply float32 rows; half types are multiplied as they are.
 enum class Products : int32_t { Float32, TF32, BFloat16, Float16 };
@@ -96,6 +109,7 @@ struct TileSide {
   const int64_t* order;        // [count] packed -> given
   const void *inverse, *lack;  // as in SelectParams
   int64_t count, padded;       // padded: a multiple of kTileRows
+  const int64_t* there;        // as count_of() wants it
   void* packed;                // [padded, packed_bytes]
   float* bias;                 // [padded] minus half the squared norm of the packed row, far below in the padding
   uint8_t* finite;             // [count] given
@@ -106,8 +120,9 @@ struct TileParams {
   TileSide x, r;  // the same if symmetric
   bool symmetric;
   Products products;
-  int64_t depth, packed_bytes, offset;  // packed_bytes: a multiple of kTileChunk
-  float* shift;                         // [depth + 1]: the centre, and a power of two to scale with
+  int64_t depth, packed_bytes;  // packed_bytes: a multiple of kTileChunk
+  Own own;
+  float* shift;  // [depth + 1]: the centre, and a power of two to scale with
   // Keys by given anchor, zero before: (ordered value) << 32 | ~index, so that the larger is the better.
   unsigned long long *nearest, *farthest;  // [B]
   unsigned* not_finite;                    // [1], zero before: counts such rows
@@ -128,6 +143,7 @@ struct MinedSide {
   const int64_t* given;        // [rows] the labels as given
   const void *inverse, *lack;  // as in SelectParams, by given row
   uint8_t* finite;             // [rows] given
+  const int64_t* there;        // as count_of() wants it
 };
 
 // Of an anchor: its class among the packed references, and those of it that may be its positives (itself among them),
@@ -150,12 +166,14 @@ struct MinedParams {
   MinedSide x, r;  // the same if not `apart`
   bool apart;
   bool selects;  // anchors that lack a positive or a negative count, too
-  int64_t depth, offset;
+  int64_t depth;
+  Own own;
   PositiveRule positive;
   NegativeRule negative;
   Measure measure;
   Reduction reduction;
   Reach* reach;        // [B] packed
+  int32_t* itself;     // [B] packed: how many of its class are the anchor itself
   uint8_t* bad;        // [B] packed: the row itself or a reference in its triplets is not finite
   int32_t* most;       // [(B + 31) / 32] the most positives that an anchor of each 32 has, itself counted
   unsigned* counters;  // [kMinedCounters], zero before
@@ -183,7 +201,8 @@ struct MinedBackwardParams : MinedParams {
   const void* grad;  // acc [], with Reduction::None [B]
   int64_t grad_stride;
   const double* stats;
-  void *grad_x, *grad_r;  // [B, D], and [R, D] if apart; contiguous
+  void *grad_x, *grad_r;  // [B, D], and of the first `written` references if apart; contiguous
+  int64_t written;
   void *rest_x, *rest_r;  // the same of half types where rounds add up: what grad_x lost to rounding. May be null.
   Entries saved, room;
   int64_t turns;  // items of work that a block takes at most

@@ -89,6 +89,19 @@ __device__ __forceinline__ bool is_finite(T x) {
   return fabs(x) <= std::numeric_limits<T>::max();
 }
 
+// How many rows there are, of so many that there is room for.
+__device__ __forceinline__ int64_t count_of(int64_t rows, const int64_t* there) {
+  return there && *there < rows ? *there : rows;
+}
+__device__ __forceinline__ int64_t count_of(const MinedSide& side) { return count_of(side.rows.rows, side.there); }
+__device__ __forceinline__ int64_t count_of(const TileSide& side) { return count_of(side.count, side.there); }
+
+// Whether a reference is the anchor itself, by given rows.
+__device__ __forceinline__ bool is_own(const Own& own, int64_t anchor, int64_t reference) {
+  if (reference == anchor + own.offset) return true;
+  return own.ids && own.ids[anchor] == own.other_ids[reference] && own.ids[anchor] != kNoId;
+}
+
 // The first label in [0, count) that is not below `label` (or, with `after`, that is above it).
 __device__ __forceinline__ int64_t bound_of(const int64_t* labels, int64_t count, int64_t label, bool after) {
   int64_t low = 0, high = count;

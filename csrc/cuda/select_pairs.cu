@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kThreads) pairs_kernel(SelectParams params) {
   PairsShared<T>& shared = shared_memory<PairsShared<T>>();
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int64_t first = int64_t(blockIdx.x) * kAnchorsEach, depth = params.depth;
+  const int64_t references = count_of(params.r.rows, params.there);
   const bool cosine = params.inverse_x != nullptr;
   const auto scale_x = [&](int64_t i) { return cosine ? static_cast<const T*>(params.inverse_x)[i] : T(1); };
   const auto scale_r = [&](int64_t j) { return cosine ? static_cast<const T*>(params.inverse_r)[j] : T(1); };
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) pairs_kernel(SelectParams params) {
     farthest[a] = nearest[a] = 0;
     far_index[a] = near_index[a] = -1;
   }
-  for (int64_t tile = 0; tile < params.r.rows; tile += kThreads) {
+  for (int64_t tile = 0; tile < references; tile += kThreads) {
     const int64_t j = tile + thread;  // this thread's reference
     T square[kAnchorsEach] = {};
     for (int64_t k = 0; k < depth; k += kFeatures) {
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) pairs_kernel(SelectParams params) {
       for (int i = 0; i < kWarp; ++i) {
         const int64_t row = tile + warp * kWarp + i;
         T y[1] = {0};
-        if (feature < depth && row < params.r.rows) {
+        if (feature < depth && row < references) {
           row_of<E, 1>(params.r, row).read(feature, y);
           y[0] *= scale_r(row);
         }
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) pairs_kernel(SelectParams params) {
       }
     }
     if (depth == 0 && tile == 0) __syncthreads();  // the labels
-    if (j >= params.r.rows) continue;
+    if (j >= references) continue;
     const int64_t label = params.labels_r[j];
     const T lack = cosine ? static_cast<const T*>(params.lack_r)[j] : T(0);
 #pragma unroll
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) pairs_kernel(SelectParams params) {
       if (i >= params.x.rows) break;
       const T d = square[a] + (cosine ? lack + static_cast<const T*>(params.lack_x)[i] : T(0));
       if (label == shared.labels[a]) {
-        if (j != i + params.offset) offer(farthest[a], far_index[a], is_finite(d) ? d : kFirst, int(j));
+        if (!is_own(params.own, i, j)) offer(farthest[a], far_index[a], is_finite(d) ? d : kFirst, int(j));
       } else {
         offer(nearest[a], near_index[a], is_finite(d) ? -d : kFirst, int(j));
       }

@@ -52,13 +52,13 @@ __global__ void __launch_bounds__(kShiftThreads) shift_kernel(TileParams params)
   ShiftShared& shared = shared_memory<ShiftShared>();
   const Matrix& m = params.r.rows;
   const float* const inverse = static_cast<const float*>(params.r.inverse);
-  const int64_t step = (m.rows + kSample - 1) / kSample;
+  const int64_t rows = count_of(params.r), step = (rows + kSample - 1) / kSample;
   const bool moves = sizeof(E) == 4 || inverse;
   float largest = 0;
   for (int64_t k = threadIdx.x; k < params.depth && moves; k += kShiftThreads) {
     const auto each = [&](auto f) {
 #pragma unroll 8  // as many loads under way
-      for (int64_t i = 0; i < m.rows; i += step) {
+      for (int64_t i = 0; i < rows; i += step) {
         float x[1];
         row_of<E, 1>(m, i).read(k, x);
         const float y = inverse ? x[0] * inverse[i] : x[0];
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kPackWarps* kWarp) pack_kernel(TileParams para
   const int lane = threadIdx.x % kWarp;
   const int64_t packed = int64_t(blockIdx.x) * kPackWarps + threadIdx.x / kWarp;
   if (packed >= side.padded) return;
-  const bool real = packed < side.count;
+  const bool real = packed < count_of(side);
   const int64_t given = real ? side.order[packed] : 0;
   const float* const inverse = static_cast<const float*>(side.inverse);
   const float unit = real && inverse ? inverse[given] : 1.0f;
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kPackWarps* kWarp) pack_kernel(TileParams para
   for (int64_t k = lane; k < params.packed_bytes / int64_t(sizeof(O)); k += kWarp)
     put(to + k, finite ? moved(k) : 0.0f);
   if (anchors && lane < 2) {
-    const int64_t label = real ? side.labels[packed] : 0, none = params.r.count;
-    const int64_t at = real ? bound_of(params.r.labels, params.r.count, label, lane == 1) : none;
+    const int64_t label = real ? side.labels[packed] : 0, others = count_of(params.r);
+    const int64_t at = real ? bound_of(params.r.labels, others, label, lane == 1) : others;
     (lane == 0 ? side.low : side.high)[packed] = int(at);
   }
   if (lane != 0) return;
@@ -174,7 +174,7 @@ struct Hardest {
     const int side = threadIdx.x / kTile, at = threadIdx.x % kTile;  // 256 threads: a row or a column each
     const int64_t packed = (side ? j : i) * kTile + at;
     const TileSide& whose = side ? params.r : params.x;
-    const bool real = packed < whose.count, anchor = real && (side == 0 || params.symmetric);
+    const bool real = packed < count_of(whose), anchor = real && (side == 0 || params.symmetric);
     const int given = real ? int(whose.order[packed]) : -1;
     shared.given[side][at] = given;
     // What is nobody's can't be beaten.
@@ -263,7 +263,7 @@ struct Hardest {
         const float value = all[row * kTile + column];
         const int64_t position = begin + column;
         if (position < shared.low[row] || position >= shared.high[row]) near.offer(value, side ? anchor : reference);
-        else if (reference != anchor + params.offset) far.offer(-value, side ? anchor : reference);
+        else if (!is_own(params.own, anchor, reference)) far.offer(-value, side ? anchor : reference);
       }
       const int owner = shared.given[side][at];
       if (near.index >= 0 && near.value >= shared.nearest[side][at])
@@ -297,16 +297,17 @@ __global__ void __launch_bounds__(kPackWarps* kWarp) finish_kernel(TileParams pa
     negative = index_of(params.nearest[given]);
   }
   if (*params.not_finite != 0) {
+    const int64_t references = count_of(params.r);
     for (int a = 0; a < kWarp && first + a < params.x.count; ++a) {
       const int64_t anchor = __shfl_sync(kAllLanes, given, a);
       const int low = params.x.low[first + a], high = params.x.high[first + a];
       const bool any = !params.x.finite[anchor];
       int same = kNone, other = kNone;
-      for (int64_t j = lane; j < params.r.count; j += kWarp) {
+      for (int64_t j = lane; j < references; j += kWarp) {
         const int reference = int(params.r.order[j]);
         if (!any && params.r.finite[reference]) continue;
         if (j < low || j >= high) other = min(other, reference);
-        else if (reference != anchor + params.offset) same = min(same, reference);
+        else if (!is_own(params.own, anchor, reference)) same = min(same, reference);
       }
       for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
         same = min(same, __shfl_xor_sync(kAllLanes, same, lanes));

@@ -15,8 +15,8 @@ constexpr T kMostSquare = std::numeric_limits<T>::max() / 8;
 template <typename E>
 __global__ void __launch_bounds__(kPairThreads) finite_kernel(MinedSide side, int64_t depth, unsigned* not_finite) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t step = int64_t(gridDim.x) * kPairWarps;
-  for (int64_t i = int64_t(blockIdx.x) * kPairWarps + threadIdx.x / kWarp; i < side.rows.rows; i += step) {
+  const int64_t count = count_of(side), step = int64_t(gridDim.x) * kPairWarps;
+  for (int64_t i = int64_t(blockIdx.x) * kPairWarps + threadIdx.x / kWarp; i < count; i += step) {
     Acc<E> square = 0;
     for (int64_t k = lane; k < depth; k += kWarp) {
       const Acc<E> x = element_of<E>(side.rows, int(i), k, Acc<E>(1));
@@ -33,18 +33,30 @@ __global__ void __launch_bounds__(kPairThreads) finite_kernel(MinedSide side, in
 // A thread an anchor, a warp 32 that one block will own.
 __global__ void __launch_bounds__(kPairThreads) reach_kernel(MinedParams params) {
   const int64_t i = int64_t(blockIdx.x) * kPairThreads + threadIdx.x;
-  const int64_t count = params.x.rows.rows, total = params.r.rows.rows;
+  const int64_t count = params.x.rows.rows, total = count_of(params.r);
   int most = 0;
   if (i < count) {
-    const int64_t label = params.x.labels[i], given = params.x.order[i], self = given + params.offset;
+    const int64_t label = params.x.labels[i], given = params.x.order[i];
     const int64_t low = bound_of(params.r.labels, total, label, false);
     const int64_t high = bound_of(params.r.labels, total, label, true);
-    const bool within = self >= 0 && self < total && params.r.given[self] == label;
-    const bool valid = high - low > within && high - low < total;
+    int64_t itself = 0, itself_bad = 0;
+    const auto count_itself = [&](int64_t reference) {
+      ++itself;
+      itself_bad += !params.r.finite[reference];
+    };
+    if (params.own.ids) {
+      for (int64_t j = low; j < high; ++j)
+        if (is_own(params.own, given, params.r.order[j])) count_itself(params.r.order[j]);
+    } else {
+      const int64_t self = given + params.own.offset;
+      if (self >= 0 && self < total && params.r.given[self] == label) count_itself(self);
+    }
+    const bool valid = high - low > itself && high - low < total;
     const int64_t end = valid || params.selects ? high : low;
     params.reach[i] = {int(low), int(high), int(low), int(end)};
     most = int(end - low);
-    const unsigned others = params.counters[kNotFinite] - (within && !params.r.finite[self]);
+    params.itself[i] = int(itself);
+    const unsigned others = params.counters[kNotFinite] - unsigned(itself_bad);
     const bool bad = !params.x.finite[given] || (valid && others > 0);
     params.bad[i] = bad;
     if (bad) atomicAdd(params.counters + kBad, 1u);
@@ -65,6 +77,7 @@ __global__ void __launch_bounds__(kPairThreads, kPairBlocks<E>) pair_kernel(Sele
   miner.run(int(blockIdx.x), 0, 1, Entries{}, found, params.positive, params.negative);
   // A row that is not finite comes before all others, and before an anchor that is one come all: the first.
   const int lane = threadIdx.x % kWarp;
+  const int64_t references = count_of(params.r);
   for (int r = 0; r < kEach; ++r) {
     const int64_t anchor = miner.first + threadIdx.x / kWarp * kEach + r;
     if (anchor >= params.x.rows.rows) return;
@@ -73,11 +86,11 @@ __global__ void __launch_bounds__(kPairThreads, kPairBlocks<E>) pair_kernel(Sele
     if (!any && params.counters[kNotFinite] == 0) continue;
     const Reach of = params.reach[anchor];
     int same = kNoRow, other = kNoRow;
-    for (int64_t j = lane; j < params.r.rows.rows; j += kWarp) {
+    for (int64_t j = lane; j < references; j += kWarp) {
       const int reference = int(params.r.order[j]);
       if (!any && params.r.finite[reference]) continue;
       if (j < of.low || j >= of.high) other = min(other, reference);
-      else if (reference != given + params.offset) same = min(same, reference);
+      else if (!is_own(params.own, given, reference)) same = min(same, reference);
     }
 #pragma unroll
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {

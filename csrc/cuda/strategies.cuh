@@ -44,7 +44,7 @@ template <typename E>
 __device__ __forceinline__ void name_rows(const MinedSide& side, int first, int at, int* row, int64_t* begin,
                                           Acc<E>* scale, Acc<E>* lack) {
   using T = Acc<E>;
-  const int given = first + at < side.rows.rows ? int(side.order[first + at]) : -1;
+  const int given = first + at < count_of(side) ? int(side.order[first + at]) : -1;
   const bool reads = given >= 0 && side.finite[given];
   row[at] = given;
   begin[at] = reads ? given * side.rows.row_stride : -1;
@@ -226,14 +226,25 @@ struct Miner {
   MinerShared<T>& shared;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int first = 0;
-  Reach reach{};      // of anchor `first` + lane
-  int self = -2;      // its own row among the references, as given
-  int positives = 0;  // how many it has; with one an anchor, at most 1
+  Reach reach{};       // of anchor `first` + lane
+  int self = -2;       // its own row among the references, as given
+  int64_t id = kNoId;  // its own
+  int positives = 0;   // how many it has; with one an anchor, at most 1
 
   __device__ __forceinline__ Reach reach_of(int r) const {
     const int from = warp * kEach + r;
     return {__shfl_sync(kAllLanes, reach.low, from), __shfl_sync(kAllLanes, reach.high, from),
             __shfl_sync(kAllLanes, reach.begin, from), __shfl_sync(kAllLanes, reach.end, from)};
+  }
+
+  // What an anchor is among the references: a row, -2 if none, and all of its id.
+  struct Itself {
+    int row;
+    int64_t id;
+  };
+  __device__ __forceinline__ Itself itself_of(int r) const {
+    const int from = warp * kEach + r;
+    return {__shfl_sync(kAllLanes, self, from), params.own.ids ? __shfl_sync(kAllLanes, id, from) : kNoId};
   }
 
   // Calls f(packed row of the tile's first column, d) for the tiles that hold references from `from` to `to`, unless
@@ -255,17 +266,24 @@ struct Miner {
                    shared.tile.owned_lack);
     reach = {};
     self = -2;
+    id = kNoId;
     positives = 0;
     if (first + lane < params.x.rows.rows) {
       reach = params.reach[first + lane];
-      const int64_t own = params.x.order[first + lane] + params.offset;
-      if (own >= 0 && own < params.r.rows.rows) self = int(own);
-      const bool within = self >= 0 && params.r.given[self] == params.x.labels[first + lane];
-      positives = reach.end - reach.begin - (within && reach.end > reach.begin);
+      const int64_t given = params.x.order[first + lane], own = given + params.own.offset;
+      if (own >= 0 && own < count_of(params.r)) self = int(own);
+      if (params.own.ids) id = params.own.ids[given];
+      positives = reach.end > reach.begin ? reach.end - reach.begin - params.itself[first + lane] : 0;
     }
   }
 
-  // Calls f(row of the warp, its reach, its own row among the references, packed row of the tile's first column, d of
+  // Whether column c of the lane is not the anchor of that row of the warp.
+  __device__ __forceinline__ bool is_another(int c, const Itself& of) const {
+    const int other = shared.tile.other_row[lane + c * kWarp];
+    return other != of.row && (of.id == kNoId || other < 0 || params.own.other_ids[other] != of.id);
+  }
+
+  // Calls f(row of the warp, its reach, which references are its anchor, packed row of the tile's first column, d of
   // the row) for the tiles around the lanes' ranges of positives.
   template <typename F>
   __device__ __forceinline__ void walk_positives(int from, int to, F f) {
@@ -274,7 +292,7 @@ struct Miner {
         from, to, [](int) { return false; },
         [&](int tile, const T(&d)[kEach][kColumns]) {
 #pragma unroll
-          for (int r = 0; r < kEach; ++r) f(r, reach_of(r), __shfl_sync(kAllLanes, self, warp * kEach + r), tile, d[r]);
+          for (int r = 0; r < kEach; ++r) f(r, reach_of(r), itself_of(r), tile, d[r]);
         });
   }
 
@@ -284,12 +302,12 @@ struct Miner {
 #pragma unroll
     for (int r = 0; r < kEach; ++r) best[r] = {Best<T>::kNothing, -1};
     int from = positives > 0 ? reach.begin : kNoRow, to = positives > 0 ? reach.end : 0;
-    walk_positives(from, to, [&](int r, const Reach& of, int me, int tile, const T(&d)[kColumns]) {
+    walk_positives(from, to, [&](int r, const Reach& of, const Itself& me, int tile, const T(&d)[kColumns]) {
       T values[kColumns];
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int j = tile + lane + c * kWarp;
-        const bool is = j >= of.begin && j < of.end && shared.tile.other_row[lane + c * kWarp] != me;
+        const bool is = j >= of.begin && j < of.end && is_another(c, me);
         values[c] = !is ? -kInfinity : params.positive == PositiveRule::Hard ? d[c] : -d[c];
       }
       best[r].offer(values, tile + lane, shared.tile.other_row, params.r.order, lane);
@@ -358,7 +376,7 @@ struct Miner {
     return all_negatives ? measured(d, params.measure) + T(params.measure.margin) : d;
   }
   __device__ __forceinline__ double negatives_of(const Reach& of) const {
-    return double(params.r.rows.rows) - (of.high - of.low);
+    return double(count_of(params.r)) - (of.high - of.low);
   }
 
   __device__ __forceinline__ void take(const T (&picked)[kEach], Found& found) {
@@ -376,11 +394,11 @@ struct Miner {
 
   __device__ __forceinline__ void measure_positives(int at, int slots, int mine, Found& found) {
     int from = mine > 0 ? reach.begin + at : kNoRow, to = mine > 0 ? reach.begin + at + mine : 0;
-    walk_positives(from, to, [&](int r, const Reach& of, int me, int tile, const T(&d)[kColumns]) {
+    walk_positives(from, to, [&](int r, const Reach& of, const Itself& me, int tile, const T(&d)[kColumns]) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int j = tile + lane + c * kWarp, k = j - of.begin - at;
-        if (k < 0 || k >= slots || j >= of.end || shared.tile.other_row[lane + c * kWarp] == me) continue;
+        if (k < 0 || k >= slots || j >= of.end || !is_another(c, me)) continue;
         shared.threshold[k][warp * kEach + r] = threshold_of(d[c]);
         if (all_negatives) found.positive += double(measured(d[c], params.measure)) * negatives_of(of);
       }
@@ -402,7 +420,8 @@ struct Miner {
     const auto nobody_cares = [&](int tile) {
       return __all_sync(kAllLanes, mine <= 0 || (reach.low <= tile && tile + kOthers <= reach.high)) != 0;
     };
-    walk(0, int(params.r.rows.rows), nobody_cares, [&](int tile, const T(&d)[kEach][kColumns]) {
+    const int references = int(count_of(params.r));
+    walk(0, references, nobody_cares, [&](int tile, const T(&d)[kEach][kColumns]) {
 #pragma unroll
       for (int r = 0; r < kEach; ++r) {
         const int row = warp * kEach + r, count = __shfl_sync(kAllLanes, mine, row);
@@ -413,7 +432,7 @@ struct Miner {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           const int j = tile + lane + c * kWarp;
-          is[c] = j < params.r.rows.rows && (j < of.low || j >= of.high);
+          is[c] = j < references && (j < of.low || j >= of.high);
         }
         if constexpr (all_negatives) {
           T v[kColumns], sum = 0;

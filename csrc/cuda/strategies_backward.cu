@@ -95,6 +95,7 @@ __device__ __forceinline__ int most_of(const MinedBackwardParams& params, const 
 template <typename E>
 __device__ __forceinline__ void put(const MinedBackwardParams& params, const Owned& owned, int64_t given,
                                     int64_t feature, Acc<E> value) {
+  if (!owned.of_x && given >= params.written) return;
   const int64_t at = given * params.depth + feature;
   E* const to = static_cast<E*>(owned.of_x ? params.grad_x : params.grad_r) + at;
   if constexpr (sizeof(E) == 2) {
@@ -117,7 +118,7 @@ __device__ __forceinline__ bool all_bad(const MinedBackwardParams& params, const
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   for (int r = 0; r < kEach; ++r) {
     const int64_t row = owned.first + warp * kEach + r;
-    if (row >= side.rows.rows) break;
+    if (row >= count_of(side)) break;
     for (int64_t k = lane; k < params.depth; k += kWarp)
       put<E>(params, owned, side.order[row], k, std::numeric_limits<Acc<E>>::quiet_NaN());
   }
@@ -138,6 +139,7 @@ __device__ __forceinline__ void gather_dense(const MinedBackwardParams& params, 
   if (all_bad<E>(params, owned, as_other)) return;
   const MinedSide& mine = owned.of_x ? params.x : params.r;
   const MinedSide& others = owned.of_x ? params.r : params.x;
+  const int rows = int(count_of(mine)), total = int(count_of(others));
   const Measure& measure = params.measure;
   const bool cosine = measure.distance == Distance::Cosine, soft = measure.soft_margin;
   const int count = int(params.x.rows.rows), depth = int(params.depth);
@@ -165,7 +167,7 @@ __device__ __forceinline__ void gather_dense(const MinedBackwardParams& params, 
     // A row to be taken from all, so that what they have in common does not cost precision.
     for (int k = threadIdx.x; k < kHolds * kBlockFeatures; k += kPairThreads) {
       shared.centre[k] = 0;
-      if (others.rows.rows == 0 || slice + k >= depth || !others.finite[others.order[0]]) continue;
+      if (total == 0 || slice + k >= depth || !others.finite[others.order[0]]) continue;
       const int64_t row = others.order[0];
       const T scale = others.inverse ? static_cast<const T*>(others.inverse)[row] : T(1);
       shared.centre[k] = element_of<E>(others.rows, int(row), slice + k, scale);
@@ -173,7 +175,7 @@ __device__ __forceinline__ void gather_dense(const MinedBackwardParams& params, 
     if (lane < kEach) shared.sum[warp * kEach + lane] = shared.along[warp * kEach + lane] = 0;
     __syncthreads();  // the centre and the sums; those that follow pass the tiles' barriers
 
-    for (int first = 0; first < int(others.rows.rows); first += kOthers) {
+    for (int first = 0; first < total; first += kOthers) {
       T d[kEach][kColumns], w[kEach][kColumns];
       pair_tile<E>(params, mine, others, first, tile, d);
       if (as_other && threadIdx.x < kOthers) {
@@ -252,8 +254,7 @@ __device__ __forceinline__ void gather_dense(const MinedBackwardParams& params, 
         bool uses = false;
 #pragma unroll
         for (int r = 0; r < kEach; ++r) {
-          const bool there =
-              owned.first + warp * kEach + r < mine.rows.rows && first + lane + c * kWarp < others.rows.rows;
+          const bool there = owned.first + warp * kEach + r < rows && first + lane + c * kWarp < total;
           T weight = there ? w[r][c] : T(0);
           if (!cosine) weight = pull_of(weight, d[r][c], measure);
           sum[r] += weight;
@@ -323,7 +324,7 @@ __device__ __forceinline__ void gather_dense(const MinedBackwardParams& params, 
     for (int r = 0; r < kEach; ++r) {
       const int row = owned.first + warp * kEach + r;
       const T total = T(shared.sum[warp * kEach + r]), turned = T(shared.along[warp * kEach + r]);
-      if (row >= mine.rows.rows) continue;
+      if (row >= rows) continue;
       const int64_t given = mine.order[row];
       const bool bad = as_anchor && params.bad[row];
       const T inverse = cosine ? static_cast<const T*>(mine.inverse)[given] : T(1);
@@ -422,7 +423,7 @@ struct Sparse {
     for (int r = 0; r < kEach; ++r) {
       const int row = warp * kEach + r;
       const int64_t j = owned.first + row;
-      if (j >= params.r.rows.rows) return;
+      if (j >= count_of(params.r)) return;
       const int64_t label = params.r.labels[j];
       const int64_t low = bound_of(params.x.labels, count, label, false);
       const int64_t high = bound_of(params.x.labels, count, label, true);
@@ -441,7 +442,7 @@ struct Sparse {
   __device__ __forceinline__ void as_negative() {
     const int64_t count = params.x.rows.rows;
     const int base = int(owned.first) + warp * kEach;
-    if (base >= params.r.rows.rows) return;
+    if (base >= count_of(params.r)) return;
     for (int64_t from = 0; from < count; from += kWarp) {
       const int most = most_of(params, entries, from);
       for (int k = 0; k < most; ++k) {
@@ -474,7 +475,7 @@ struct Sparse {
       }
       for (int r = 0; r < kEach; ++r) {
         const int64_t row = owned.first + warp * kEach + r;
-        if (row >= mine.rows.rows) break;
+        if (row >= count_of(mine)) break;
         const bool bad = owned.of_x && params.bad[row];
         for (int k = lane; k < kHeld && slice + k < params.depth; k += kWarp)
           put<E>(params, owned, mine.order[row], slice + k,
@@ -483,6 +484,14 @@ struct Sparse {
     }
   }
 };
+
+// Whether a row of an item has a gradient that is asked for: those of a memory have none. The same in all threads.
+__device__ __forceinline__ bool is_written(const MinedBackwardParams& params, const Owned& owned) {
+  const int64_t row = owned.first + threadIdx.x % kWarp;
+  static_assert(kOwned == kWarp, "a lane looks at a row");
+  const bool is = owned.of_x || (row < count_of(params.r) && params.r.order[row] < params.written);
+  return __any_sync(kAllLanes, is) != 0;
+}
 
 // --- items of work ----------------------------------------------------------------------------------------------
 
@@ -531,10 +540,9 @@ __global__ void __launch_bounds__(kPairThreads, kPairBlocks<E>) mined_backward_k
       Miner<E, all_negatives> miner{params, shared.at.miner};
       const int begin = int(item.entries.first);
       miner.run(item.anchors, begin, begin + int(item.entries.slots), item.entries, found);
-    } else if constexpr (all_negatives) {
-      gather_dense<E>(params, shared.at.dense, item.entries, item.owned);
-    } else {
-      Sparse<E>{params, shared.at.sparse, item.entries, item.owned}.run();
+    } else if (is_written(params, item.owned)) {
+      if constexpr (all_negatives) gather_dense<E>(params, shared.at.dense, item.entries, item.owned);
+      else Sparse<E>{params, shared.at.sparse, item.entries, item.owned}.run();
     }
     __syncthreads();  // the item is done with
     if (threadIdx.x == 0) {

@@ -1,4 +1,5 @@
-"""Compiles the CUDA kernels for the CPU, against the SIMT shim, in three ways."""
+"""Compiles the CUDA kernels for the CPU, against the SIMT shim: a program of them, in three ways, and a library with all
+of the CUDA path, from the operators on, for torch to load."""
 
 from __future__ import annotations
 
@@ -15,6 +16,11 @@ MODES = {
     "plain": ["-O2"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
+# Of the library: as g++ takes it, and with products fused into the sums behind them, which is what nvcc does.
+LIBRARY_MODES = {
+    "plain": ["-O2"],
+    "contracted": ["-O2", "-mfma", "-ffp-contract=fast"],
 }
 FLAGS = ["-std=c++17", "-DTRIPLET_SIMT", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-I", str(HERE)]
 ENVIRONMENT = {
@@ -70,3 +76,32 @@ def command(program: pathlib.Path, mode: str) -> list[str]:
     """How to run a program: ThreadSanitizer's map of the address space bears no randomisation of it."""
     quiet = [setarch, "-R"] if mode == "thread" and (setarch := shutil.which("setarch")) else []
     return [*quiet, str(program)]
+
+
+def library_command(mode: str, out: pathlib.Path, source: pathlib.Path) -> list[str]:
+    """Compiles a source of the library."""
+    import torch.utils.cpp_extension
+
+    flags = [flag if flag != "-std=c++17" else "-std=c++20" for flag in FLAGS]  # as torch's headers want it
+    if source.suffix == ".cpp" and source.name != "simt.cpp":  # what includes torch
+        headers = [word for path in torch.utils.cpp_extension.include_paths() for word in ("-isystem", path)]
+        flags += ["-I", str(HERE / "stub"), *headers, '-DTRIPLET_EXT_CUDA="the CPU"', "-Wno-unused-parameter"]
+    target = out / f"{mode}-{source.name}.o"
+    return ["g++", *flags, *LIBRARY_MODES[mode], "-fPIC", "-x", "c++", "-c", str(source), "-o", str(target)]
+
+
+def library_place(mode: str, out: pathlib.Path) -> pathlib.Path:
+    return out / f"libcuda_on_cpu-{mode}.so"
+
+
+def library(mode: str, out: pathlib.Path) -> pathlib.Path:
+    """csrc/cuda as a whole; torch finds the operators under the dispatch key CUDA, once it has loaded this."""
+    import torch.utils.cpp_extension
+
+    sources = [*sorted(CUDA.glob("*.cu")), CUDA / "launch.cpp", HERE / "memory.cpp", HERE / "simt.cpp"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(call, (library_command(mode, out, source) for source in sources)))
+    target, made = library_place(mode, out), [str(out / f"{mode}-{source.name}.o") for source in sources]
+    libraries = [f"-L{path}" for path in torch.utils.cpp_extension.library_paths()]
+    call(["g++", "-shared", *made, *libraries, "-ltorch_cpu", "-lc10", "-o", str(target)])
+    return target

@@ -205,9 +205,8 @@ struct Side {
     std::stable_sort(order.begin(), order.end(), [&](int64_t l, int64_t m) { return given[l] < given[m]; });
     std::sort(labels.begin(), labels.end());
     auto* const low = reinterpret_cast<int32_t*>(range.data);
-    params = {x,           labels.data(), order.data(),
-              inverse,     lack,          x.rows,
-              padded(x),   packed.data,   reinterpret_cast<float*>(bias.data),
+    params = {x,           labels.data(), order.data(),   inverse,     lack,
+              x.rows,      padded(x),     nullptr,        packed.data, reinterpret_cast<float*>(bias.data),
               finite.data, low,           low + padded(x)};
   }
 };
@@ -232,8 +231,9 @@ void selection() {
     lack_r = unit_r.data + r.rows * acc;
   }
   if (!has("products")) {
-    check(launch_select_pairs({x, r, y, z, depth, offset, inverse_x, lack_x, inverse_r, lack_r, p, n}, element(),
-                              nullptr));
+    check(launch_select_pairs(
+        {x, r, y, z, depth, nullptr, {offset, nullptr, nullptr}, inverse_x, lack_x, inverse_r, lack_r, p, n}, element(),
+        nullptr));
   } else {
     const auto products = Products(integer("products"));
     const int64_t width = products == Products::Float32 || products == Products::TF32 ? 4 : 2;
@@ -243,9 +243,20 @@ void selection() {
     const Side others(r, z, packed_bytes, f(inverse_r), f(lack_r));
     Room shift(4 * (depth + 1)), keys(16 * x.rows, 0), bad(4, 0);
     auto* const near = reinterpret_cast<unsigned long long*>(keys.data);
-    check(launch_select_tiles({anchors.params, apart ? others.params : anchors.params, !apart, products, depth,
-                               packed_bytes, offset, reinterpret_cast<float*>(shift.data), near, near + x.rows,
-                               reinterpret_cast<unsigned*>(bad.data), p, n, int(integer("blocks"))},
+    check(launch_select_tiles({anchors.params,
+                               apart ? others.params : anchors.params,
+                               !apart,
+                               products,
+                               depth,
+                               packed_bytes,
+                               {offset, nullptr, nullptr},
+                               reinterpret_cast<float*>(shift.data),
+                               near,
+                               near + x.rows,
+                               reinterpret_cast<unsigned*>(bad.data),
+                               p,
+                               n,
+                               int(integer("blocks"))},
                               element(), nullptr));
   }
   put("positive", positive);
@@ -270,7 +281,8 @@ struct Ordered {
               given,
               cosine ? unit.data : nullptr,
               cosine ? unit.data + x.rows * int64_t(accumulator()) : nullptr,
-              finite.data};
+              finite.data,
+              nullptr};
   }
 };
 
@@ -304,19 +316,21 @@ void strategy() {
   const auto positive = PositiveRule(integer("rule_p"));
   const auto negative = NegativeRule(integer("rule_n"));
   const bool single = positive != PositiveRule::All, one = negative != NegativeRule::All;
-  Room reach(sizeof(Reach) * x.rows), bad(x.rows), most(4 * ((x.rows + 31) / 32)), counters(4 * kMinedCounters, 0);
+  Room reach(sizeof(Reach) * x.rows), itself(4 * x.rows), bad(x.rows), most(4 * ((x.rows + 31) / 32)),
+      counters(4 * kMinedCounters, 0);
   MinedParams params{};
   params.x = anchors.params;
   params.r = apart ? others.params : anchors.params;
   params.apart = apart;
   params.selects = single && one;
   params.depth = depth;
-  params.offset = apart ? has("offset") ? integer("offset") : kNobody : 0;
+  params.own = {apart ? has("offset") ? integer("offset") : kNobody : 0, nullptr, nullptr};
   params.positive = positive;
   params.negative = negative;
   params.measure = measure();
   params.reduction = Reduction(integer("reduction"));
   params.reach = reinterpret_cast<Reach*>(reach.data);
+  params.itself = reinterpret_cast<int32_t*>(itself.data);
   params.bad = bad.data;
   params.most = reinterpret_cast<int32_t*>(most.data);
   params.counters = reinterpret_cast<unsigned*>(counters.data);
@@ -356,6 +370,7 @@ void strategy() {
   backward.stats = forward.stats;
   backward.grad_x = grad_x.data;
   backward.grad_r = grad_r.data;
+  backward.written = on_r;
   backward.rest_x = size == 2 ? rest_x.data : nullptr;
   backward.rest_r = size == 2 ? rest_r.data : nullptr;
   backward.saved = saved.params;

@@ -13,6 +13,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "stub/cuda_runtime_api.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -62,13 +64,6 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
-
-typedef struct CUstream_st* cudaStream_t;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorInvalidValue ? "invalid value" : "invalid configuration";
-}
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 // --- the interface to the scheduler -----------------------------------------------------------------------------
 

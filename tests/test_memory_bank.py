@@ -119,6 +119,26 @@ def test_own_samples_are_left_out(rng, backend, mining):
     assert number > 20 and (different or mining.positive != "all")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mining", STRATEGIES, ids=lambda rules: f"{rules.positive}-{rules.negative}")
+def test_a_row_that_is_not_finite_is_left_out_of_its_own_sample(rng, backend, mining, bad):
+    """As a positive it would come before all others. The other anchors meet it."""
+    bank = MemoryBank(20, 4, dtype=torch.float64)
+    numbers = torch.from_numpy(rng.permutation(20))
+    bank.enqueue(rows(rng, 20, 4), numbers % 3, numbers)
+    x, ids = rows(rng, 6, 4), numbers[[4, 5, 6, 7, 8, 9]]
+    x.requires_grad_()
+    loss = TripletLoss(mining=mining, reduction="none")
+    expected = loss(x, ids % 3, memory=bank, ids=ids)
+    before = mine(x, ids % 3, mining, memory=bank, ids=ids)
+    bank.embeddings[4, int(rng.integers(4))] = bad
+    value, after = loss(x, ids % 3, memory=bank, ids=ids), mine(x, ids % 3, mining, memory=bank, ids=ids)
+    torch.testing.assert_close(value[0], expected[0], rtol=1e-12, atol=0)
+    assert expected.isfinite().all() and value[1:].isnan().all()
+    for new, old in zip(after, before):
+        assert_same(new[after.anchor == 0], old[before.anchor == 0])
+
+
 def test_no_gradient_and_nothing_changed(rng, backend):
     bank = MemoryBank(10, 3)
     fill(rng, bank, 15)

@@ -465,10 +465,10 @@ Side<T> side_of(const at::Tensor& x, const at::Tensor& y) {
 }
 
 // Rows that are not finite come before all others: an anchor takes the first of them that is its positive or
-// its negative; an anchor that is such a row itself takes its first positive and its first negative.
-template <typename T>
-void select_not_finite(const Side<T>& a, const Side<T>& r, const std::vector<int64_t>& self, int64_t* positive,
-                       int64_t* negative) {
+// its negative; an anchor that is such a row itself takes its first positive and its first negative. allows(anchor,
+// reference) says whether a reference of the anchor's class may be its positive.
+template <typename T, typename Allows>
+void select_not_finite(const Side<T>& a, const Side<T>& r, Allows allows, int64_t* positive, int64_t* negative) {
   if (a.all_finite() && r.all_finite()) return;
   // The first reference at all, and the first of another class than that; the same of those not finite.
   struct Leaders {
@@ -490,19 +490,19 @@ void select_not_finite(const Side<T>& a, const Side<T>& r, const std::vector<int
     while (i_end < a.count && a.klass[i_end] == a.klass[i]) ++i_end;
     while (begin < r.count && r.klass[begin] < a.klass[i]) ++begin;
     int64_t end = begin;
-    int64_t first_bad[2] = {-1, -1};  // two, since one may be the anchor itself
+    std::vector<int64_t> members, bad_members;
     for (; end < r.count && r.klass[end] == a.klass[i]; ++end) {
-      const int64_t j = r.order[end];
-      if (r.finite[j]) continue;
-      if (first_bad[0] < 0) first_bad[0] = j;
-      else if (first_bad[1] < 0) first_bad[1] = j;
+      members.push_back(r.order[end]);
+      if (!r.finite[r.order[end]]) bad_members.push_back(r.order[end]);
     }
     for (; i < i_end; ++i) {
-      const int64_t o = a.order[i], own = self[o];
-      int64_t p = first_bad[0] != own ? first_bad[0] : first_bad[1];
-      int64_t n = bad.outside(r, a.labels[o]);
-      int64_t first = begin < end ? r.order[begin] : -1;
-      if (first == own) first = begin + 1 < end ? r.order[begin + 1] : -1;
+      const int64_t o = a.order[i];
+      const auto first_of = [&](const std::vector<int64_t>& rows) {
+        const auto found = std::find_if(rows.begin(), rows.end(), [&](int64_t j) { return allows(o, j); });
+        return found == rows.end() ? int64_t(-1) : *found;
+      };
+      int64_t p = first_of(bad_members), n = bad.outside(r, a.labels[o]);
+      const int64_t first = first_of(members);
       // Beside one that isn't finite, any will do where none was chosen.
       if (!a.finite[o] || (p < 0 && positive[o] < 0)) p = first;
       if (!a.finite[o] || (n < 0 && negative[o] < 0)) n = any.outside(r, a.labels[o]);

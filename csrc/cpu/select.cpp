@@ -182,7 +182,8 @@ void select(Side<T>& a, Side<T>* references, std::optional<int64_t> offset, bool
     const Side<T> of_classes = r.subset(first_positives(r, first), problem.scale, problem.centre);
     settle(problem, farthest, of_classes, of_classes.order, positive, negative);
   }
-  select_not_finite(problem.a, problem.r, problem.self, positive, negative);
+  const auto allows = [&](int64_t anchor, int64_t reference) { return reference != problem.self[anchor]; };
+  select_not_finite(problem.a, problem.r, allows, positive, negative);
 }
 
 }  // namespace

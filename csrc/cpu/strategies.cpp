@@ -259,6 +259,7 @@ class Mined {
         negative_(negative),
         measure_(measure),
         largest_(largest),
+        not_finite_(std::count(r_.finite.begin(), r_.finite.end(), uint8_t(0))),
         class_begin_(a_.count),
         class_end_(a_.count) {
     if (!problem_.cosine) unit_[0] = 1 / problem_.scale;
@@ -298,7 +299,10 @@ class Mined {
         negative[a_.order[i]] = r_.order[neg.index];
       });
     });
-    select_not_finite(a_, r_, problem_.self, positive, negative);
+    const auto allows = [&](int64_t anchor, int64_t reference) {
+      return reference != problem_.self[anchor] && restriction_.allows(anchor, reference);
+    };
+    select_not_finite(a_, r_, allows, positive, negative);
     if (!r_.all_finite()) choose_beside_not_finite(positive, negative);
     for (int64_t i = 0; i < a_.count; ++i)
       if (!has_triplets(i)) positive[a_.order[i]] = negative[a_.order[i]] = -1;
@@ -320,14 +324,12 @@ class Mined {
   // How many triplets there are; and NaN where that is already known to be the sum.
   Sums no_sums() const {
     Sums sums(a_.count);
-    const bool references_finite = r_.all_finite();
     for (int64_t i = 0; i < a_.count; ++i) {
       const int64_t o = a_.order[i];
       if (has_triplets(i))
         sums.triplets[o] = (positive_ == PositiveRule::All ? positives_of(i) : 1) *
                            (negative_ == NegativeRule::All ? negatives_of(i) : 1);
-      if (spoilt(i, references_finite))
-        sums.loss[o] = sums.positive[o] = sums.negative[o] = std::numeric_limits<double>::quiet_NaN();
+      if (spoilt(i)) sums.loss[o] = sums.positive[o] = sums.negative[o] = std::numeric_limits<double>::quiet_NaN();
     }
     return sums;
   }
@@ -495,10 +497,9 @@ class Mined {
   // Rows that are not finite, and what pulls at them.
   void poison(T* grad_x, T* grad_r) const {
     const T nan = std::numeric_limits<T>::quiet_NaN();
-    const bool references_finite = r_.all_finite();
     bool any = false;
     for (int64_t i = 0; i < a_.count; ++i) {
-      if (!spoilt(i, references_finite)) continue;
+      if (!spoilt(i)) continue;
       any = true;
       std::fill_n(grad_x + a_.order[i] * a_.depth, a_.depth, nan);
     }
@@ -594,8 +595,19 @@ class Mined {
 
   // Whether a row that is not finite is among an anchor's triplets, or is the anchor, or a distance is infinite: that
   // is never left out.
-  bool spoilt(int64_t i, bool references_finite) const {
-    return !a_.finite[a_.order[i]] || (has_triplets(i) && !references_finite) || (!overflows_.empty() && overflows_[i]);
+  bool spoilt(int64_t i) const {
+    return !a_.finite[a_.order[i]] || (has_triplets(i) && meets_not_finite(i)) ||
+           (!overflows_.empty() && overflows_[i]);
+  }
+  // Whether a reference is not finite that the anchor does not leave out.
+  bool meets_not_finite(int64_t i) const {
+    int64_t count = not_finite_;
+    const auto leave_out = [&](int64_t j) { count -= !r_.finite[r_.order[j]]; };
+    const int64_t self = problem_.packed_self[i];
+    if (class_begin_[i] <= self && self < class_end_[i]) leave_out(self);
+    for (int64_t j = class_begin_[i]; restriction_.ids && count > 0 && j < class_end_[i]; ++j)
+      if (j != self && !restriction_.allows(a_.order[i], r_.order[j])) leave_out(j);
+    return count > 0;
   }
 
   bool norm_overflows(const Side<T>& side, int64_t i) const {
@@ -1542,6 +1554,7 @@ class Mined {
   NegativeRule negative_;
   Measure measure_;
   double largest_;
+  int64_t not_finite_;                            // references
   T farthest_;                                    // y from which on a distance is infinite
   bool may_overflow_;                             // whether one may be
   std::vector<uint8_t> overflows_;                // see find_overflows(); packed anchors; empty: none

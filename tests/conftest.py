@@ -107,13 +107,20 @@ def device(request):
 
 
 @pytest.fixture(scope="session")
-def cuda_kernels(request, tmp_path_factory):
-    """csrc/cuda, built for the CPU and loaded: the operators' kernels by name, which take tensors in host memory."""
+def cuda_library(request, tmp_path_factory):
+    """csrc/cuda, built for the CPU and loaded."""
     mode = request.config.getoption("--cuda-on-cpu")
     with once(tmp_path_factory, f"cuda-on-cpu-{mode}") as (folder, there):
         path = build.library_place(mode, folder) if there else build.library(mode, folder)
     torch.ops.load_library(path)
-    ctypes.CDLL(path).triplet_ext_guard_memory()
+    library = ctypes.CDLL(path)
+    library.triplet_ext_guard_memory()
+    return library
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels(cuda_library):
+    """The operators' kernels by name, which take tensors in host memory."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     operators = {name: getattr(torch.ops.triplet_ext, name).default for name in _ops.SCHEMAS}
     return {

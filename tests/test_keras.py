@@ -77,7 +77,8 @@ def test_y_true_is_ignored(rng, keras, triplet_loss):
 
 def test_arrays_and_no_triplets(rng, keras, triplet_loss):
     y_pred = rng.standard_normal((7, 3, 5)).astype(np.float32)
-    np.testing.assert_allclose(keras.ops.convert_to_numpy(triplet_loss(0, y_pred)), by_hand(y_pred), rtol=1e-5)
+    losses = keras.ops.convert_to_numpy(triplet_loss(0, y_pred))
+    np.testing.assert_allclose(losses, by_hand(y_pred), rtol=1e-6, atol=1e-5)  # differences of distances around 10
     assert triplet_loss(0, torch.zeros(0, 3, 5)).shape == (0,)
 
 
@@ -133,7 +134,7 @@ def test_the_mean_of_the_losses(rng, keras, triplet_loss):
     for w in (weight, weight[:, None], np.eye(40, dtype=np.float32)[3]):
         expected = (losses * w.reshape(-1)).mean()
         got = model.evaluate(x, y, sample_weight=w, batch_size=40, verbose=0)
-        assert got == pytest.approx(expected, rel=1e-5)
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)  # the difference of distances around 1
 
 
 def test_weights_weight_the_gradient(rng, keras, triplet_loss):

@@ -24,10 +24,22 @@
 namespace triplet_ext {
 namespace {
 
-// Up to this much work, B R D, all pairs in one launch are faster than the tiles' preparation.
-constexpr int64_t kMostPairs = int64_t(1) << 28;
-// Up to this many triplets each row looks through all of them for its own; beyond, an inverse index is sorted.
-constexpr int64_t kMostScanned = 2048;
+// Where the paths part. On the CPU a test sets them, to take each path at small sizes.
+struct Thresholds {
+  // Up to this much work, B R D, all pairs in one launch are faster than the tiles' preparation.
+  int64_t most_pairs = int64_t(1) << 28;
+  // Up to this many triplets each row looks through all of them for its own; beyond, an inverse index is sorted.
+  int64_t most_scanned = 2048;
+  int64_t most_slots = 128;      // positives an anchor in a round of a strategy's backward pass
+  int64_t room_bytes = 4 << 20;  // what rounds may take in all, or
+  int64_t room_bytes_each = 64;  // an anchor, if that is more
+  int64_t chunk = kMostChunk;    // positives an anchor that a block holds at a time
+};
+#if defined(TRIPLET_SIMT)
+Thresholds thresholds;
+#else
+constexpr Thresholds thresholds;
+#endif
 
 void check(int error, const char* kernel) {
   if (error == cudaSuccess) return;
@@ -295,10 +307,6 @@ void select_tiles(const Batch& batch, const at::Tensor& unit_x, const at::Tensor
 
 // --- every other strategy -----------------------------------------------------------------------------------------
 
-constexpr int64_t kMostSlots = 128;      // positives an anchor in a round of the backward pass
-constexpr int64_t kRoomBytes = 4 << 20;  // what rounds may take in all, or
-constexpr int64_t kRoomBytesEach = 64;   // an anchor, if that is more
-
 // The rows of one side in the order of their labels.
 struct OrderedSide {
   at::Tensor labels, order, finite, unit;
@@ -361,7 +369,7 @@ struct Mined {
     params.bad = bad.mutable_data_ptr<uint8_t>();
     params.most = most.mutable_data_ptr<int32_t>();
     params.counters = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<int32_t>());
-    params.chunk = kMostChunk;
+    params.chunk = thresholds.chunk;
     C10_CUDA_CHECK(cudaMemsetAsync(params.counters, 0, kMinedCounters * sizeof(unsigned), stream()));
   }
 
@@ -405,7 +413,7 @@ std::tuple<at::Tensor, at::Tensor> select_hardest(const Batch& batch, std::strin
   }
   int64_t* const p = positive.mutable_data_ptr<int64_t>();
   int64_t* const n = negative.mutable_data_ptr<int64_t>();
-  if (x.scalar_type() != at::kDouble && total > 0 && depth > 0 && count > kMostPairs / total / depth) {
+  if (x.scalar_type() != at::kDouble && total > 0 && depth > 0 && count > thresholds.most_pairs / total / depth) {
     select_tiles(batch, unit_x, unit_r, p, n);
     return {positive, negative};
   }
@@ -497,11 +505,13 @@ std::tuple<at::Tensor, at::Tensor> mined_backward(const at::Tensor& grad, const 
   at::Tensor room, rest_x, rest_r;
   params.room.slots = 1;
   if (mined.useful() > params.saved.slots && count > 0) {
-    const int64_t most = mined.anchor_bytes() + std::min(mined.useful(), kMostSlots) * mined.entry_bytes(bytes);
+    const int64_t most =
+        mined.anchor_bytes() + std::min(mined.useful(), thresholds.most_slots) * mined.entry_bytes(bytes);
     const int64_t least = mined.anchor_bytes() + mined.entry_bytes(bytes);
-    const int64_t each = std::max(least, std::min(most, std::max(kRoomBytesEach, kRoomBytes / count)));
+    const int64_t each =
+        std::max(least, std::min(most, std::max(thresholds.room_bytes_each, thresholds.room_bytes / count)));
     room = at::empty({count * each}, x.options().dtype(at::kByte));
-    params.room = mined.entries(room, bytes, params.saved.slots, kMostSlots);
+    params.room = mined.entries(room, bytes, params.saved.slots, thresholds.most_slots);
     if (x.element_size() == 2) {
       rest_x = at::empty(own.sizes(), own.options());
       rest_r = at::empty(other.sizes(), other.options());
@@ -592,7 +602,7 @@ std::tuple<at::Tensor, at::Tensor> indexed_triplet_loss_backward_cuda(
     params.lack = lack;
   }
   at::Tensor keys, order;
-  if (params.count > kMostScanned) {
+  if (params.count > thresholds.most_scanned) {
     check_rows(on_x, on_x + on_r);
     const at::Tensor unsorted = at::empty({params.count * (anchor ? 3 : 2)}, embeddings.options().dtype(at::kInt));
     check(launch_keys({params, params.apart, unsorted.mutable_data_ptr<int32_t>()}, stream()), "keys");
@@ -703,5 +713,13 @@ TORCH_LIBRARY_IMPL(triplet_ext, CUDA, m) {
   m.impl("mined_triplet_loss_with_memory", &mined_triplet_loss_with_memory_cuda);
   m.impl("mined_triplet_loss_with_memory_backward", &mined_triplet_loss_with_memory_backward_cuda);
 }
+
+#if defined(TRIPLET_SIMT)
+// Six numbers in the order of Thresholds, or null for those that hold otherwise.
+extern "C" void triplet_ext_set_thresholds(const int64_t* numbers) {
+  const Thresholds otherwise;
+  thresholds = numbers ? Thresholds{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]} : otherwise;
+}
+#endif
 
 }  // namespace triplet_ext

@@ -26,7 +26,6 @@ def on_cuda(device):
     return cuda_on_cpu or torch.device(device).type == "cuda"
 
 
-
 def name(x):
     """A test's id."""
     return str(x).removeprefix("torch.")

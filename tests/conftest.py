@@ -143,7 +143,7 @@ def implementation(device, kernels):
 
 @pytest.fixture(params=["native", "reference", "cuda-on-cpu"])
 def backend(request, device):
-    """Compiled kernels, or, put in their place, the plain-PyTorch definition or the CUDA kernels as they run on a CPU."""
+    """Compiled kernels; or, in their place, the plain-PyTorch definition, or the CUDA kernels as they run on a CPU."""
     compiled = [name for name in _ops.SCHEMAS if _ops.has_kernel(name, device)]
     if request.param == "cuda-on-cpu":
         kernels = {name: getattr(reference, name) for name in compiled} | request.getfixturevalue("cuda_kernels")

@@ -87,7 +87,9 @@ def test_strategies_in_rounds(rng, backend, thresholds, rules, dtype):
             with thresholds(chunk=chunk, most_slots=slots, room_bytes=1, room_bytes_each=room):
                 for actual, wanted in zip(run(), expected):
                     error = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
-                    torch.testing.assert_close(actual, wanted, rtol=error, atol=error * float(wanted.detach().abs().max()))
+                    torch.testing.assert_close(
+                        actual, wanted, rtol=error, atol=error * float(wanted.detach().abs().max())
+                    )
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

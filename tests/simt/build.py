@@ -1,5 +1,5 @@
-"""Compiles the CUDA kernels for the CPU, against the SIMT shim: a program of them, in three ways, and a library with all
-of the CUDA path, from the operators on, for torch to load."""
+"""Compiles the CUDA kernels for the CPU, against the SIMT shim: a program of them, in three ways; and a library of the
+whole CUDA path, from the operators on, for torch to load."""
 
 from __future__ import annotations
 

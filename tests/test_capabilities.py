@@ -14,8 +14,8 @@ from triplet_ext import _ops, build_info
 
 PACKAGE = pathlib.Path(triplet_ext.__file__).parent
 TESTS = pathlib.Path(__file__).parent
-# No kernel of csrc/cpu serves what these test, or they see to the instruction sets themselves, or they start processes
-# by the minute to call kernels that other files call as well.
+# No kernel of csrc/cpu serves what these test, or they see to the instruction sets themselves, or they take a minute
+# for what surrounds the kernels (processes, training, reports) and call none that other files do not call.
 WITHOUT = {
     "test_attack.py",
     "test_benchmarks.py",
@@ -23,9 +23,14 @@ WITHOUT = {
     "test_cluster.py",
     "test_cuda.py",
     "test_cuda_check.py",
+    "test_cuda_on_cpu.py",
+    "test_demo.py",
     "test_distributed.py",
     "test_distributed_example.py",
     "test_documents.py",
+    "test_gpu_report.py",
+    "test_interrupt.py",
+    "test_keras.py",
     "test_package.py",
     "test_sanitizers.py",
 }

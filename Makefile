@@ -5,6 +5,7 @@
 #   make test        build, and run every test, on all cores
 #   make attack      the numeric tests with fresh seeds, on each instruction set, for MINUTES=3; prints what reproduces
 #   make simt        the CUDA kernels on the CPU, every rule of CUDA checked (part of make test)
+#   make test-cuda-on-cpu  the tests of the operators on the CUDA path, kernels and all, in host memory
 #   make simt-mutants  takes each barrier and wait out of them: is it missed?
 #   make bench       the benchmarks; writes benchmarks/results/ and the tables in README.md and docs/benchmarks.md
 #   make bench-quick the same in two minutes, writing nothing
@@ -29,10 +30,10 @@ PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal
 LINT := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPP := $(SOURCES) $(wildcard tests/simt/*.cpp tests/simt/*.h)
+CPP := $(SOURCES) $(shell find tests/simt -name '*.cpp' -o -name '*.h')
 PACKAGE := setup.py pyproject.toml $(SOURCES) $(wildcard triplet_ext/*.py triplet_ext/*/*.py)
 
-.PHONY: demo demo-compare test attack simt simt-mutants bench bench-quick table cuda-check gpu-report lint format clean
+.PHONY: demo demo-compare test test-cuda-on-cpu attack simt simt-mutants bench bench-quick table cuda-check gpu-report lint format clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -60,7 +61,7 @@ demo-compare: $(VENV)/.package
 	$(BIN)/python examples/compare.py
 
 # Else a process whose threads wait for each other keeps them spinning, and the processes beside it wait for a core.
-test attack simt: export OMP_WAIT_POLICY = PASSIVE
+test test-cuda-on-cpu attack simt: export OMP_WAIT_POLICY = PASSIVE
 
 test: $(VENV)/.package
 	$(PYTEST)
@@ -70,6 +71,9 @@ attack: $(VENV)/.package
 
 simt: $(VENV)/.package
 	$(PYTEST) tests/simt
+
+test-cuda-on-cpu: $(VENV)/.package
+	$(PYTEST) --cuda-on-cpu plain
 
 simt-mutants: $(VENV)/.package
 	$(BIN)/python -m tests.simt.mutants

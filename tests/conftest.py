@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from shared import once
 from simt import build
 
 from triplet_ext import _ops, reference
@@ -107,11 +106,9 @@ def device(request):
 
 
 @pytest.fixture(scope="session")
-def cuda_library(request, tmp_path_factory):
+def cuda_library(request):
     """csrc/cuda, built for the CPU and loaded."""
-    mode = request.config.getoption("--cuda-on-cpu")
-    with once(tmp_path_factory, f"cuda-on-cpu-{mode}") as (folder, there):
-        path = build.library_place(mode, folder) if there else build.library(mode, folder)
+    path = build.library(request.config.getoption("--cuda-on-cpu"))
     torch.ops.load_library(path)
     library = ctypes.CDLL(path)
     library.triplet_ext_guard_memory()

@@ -3,6 +3,7 @@ whole CUDA path, from the operators on, for torch to load."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 import shutil
@@ -10,7 +11,8 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 HERE = pathlib.Path(__file__).parent
-CUDA = HERE.parents[1] / "csrc" / "cuda"
+ROOT = HERE.parents[1]
+CUDA = ROOT / "csrc" / "cuda"
 # The scheduler, simt.cpp, stays uninstrumented: what it does between two fibers is nobody's race.
 MODES = {
     "plain": ["-O2"],
@@ -90,18 +92,28 @@ def library_command(mode: str, out: pathlib.Path, source: pathlib.Path) -> list[
     return ["g++", *flags, *LIBRARY_MODES[mode], "-fPIC", "-x", "c++", "-c", str(source), "-o", str(target)]
 
 
-def library_place(mode: str, out: pathlib.Path) -> pathlib.Path:
-    return out / f"libcuda_on_cpu-{mode}.so"
+def library(mode: str) -> pathlib.Path:
+    """csrc/cuda as a whole, built unless build/ has it already. Torch finds its operators under the dispatch key CUDA
+    once it has loaded it."""
+    import fcntl
 
-
-def library(mode: str, out: pathlib.Path) -> pathlib.Path:
-    """csrc/cuda as a whole; torch finds the operators under the dispatch key CUDA, once it has loaded this."""
     import torch.utils.cpp_extension
 
     sources = [*sorted(CUDA.glob("*.cu")), CUDA / "launch.cpp", HERE / "memory.cpp", HERE / "simt.cpp"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(call, (library_command(mode, out, source) for source in sources)))
-    target, made = library_place(mode, out), [str(out / f"{mode}-{source.name}.o") for source in sources]
-    libraries = [f"-L{path}" for path in torch.utils.cpp_extension.library_paths()]
-    call(["g++", "-shared", *made, *libraries, "-ltorch_cpu", "-lc10", "-o", str(target)])
+    read = [*CUDA.parent.glob("*.h"), *CUDA.iterdir(), *HERE.rglob("*.h"), *HERE.glob("*.cpp"), pathlib.Path(__file__)]
+    texts = [mode, torch.__version__, *(path.read_text() for path in sorted(read))]
+    version = hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+    out = ROOT / "build" / f"cuda-on-cpu-{mode}-{version}"
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / "libcuda_on_cpu.so"
+    with (out / "lock").open("w") as lock:  # of several processes the first builds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(call, (library_command(mode, out, source) for source in sources)))
+        made = [str(out / f"{mode}-{source.name}.o") for source in sources]
+        libraries = [f"-L{path}" for path in torch.utils.cpp_extension.library_paths()]
+        call(["g++", "-shared", *made, *libraries, "-ltorch_cpu", "-lc10", "-o", str(out / "part.so")])
+        (out / "part.so").rename(target)
     return target

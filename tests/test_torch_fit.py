@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import shutil
 import warnings
@@ -16,7 +17,17 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from triplet_ext import TripletLoss, TripletMarginLoss, Triplets, _ops, functional, hard_triplet_mining, reference
+from triplet_ext import (
+    MemoryBank,
+    Mining,
+    TripletLoss,
+    TripletMarginLoss,
+    Triplets,
+    _ops,
+    functional,
+    hard_triplet_mining,
+    reference,
+)
 
 MEASURE = (0.5, "euclidean", True, True, "mean")
 
@@ -317,6 +328,7 @@ def test_no_synchronisation_on_a_gpu(rng):
     three = [x.detach().clone().requires_grad_() for _ in range(3)]
     triplets = Triplets(*row_numbers(rng, 50, 64, 64, 64, device="cuda"))
     calls = lambda: every_call(x, y, three, triplets, x.detach().clone().requires_grad_(), y)  # noqa: E731
+    bank, ids = MemoryBank(100, 8).cuda(), torch.arange(64, device="cuda")
     list(calls())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -328,6 +340,9 @@ def test_no_synchronisation_on_a_gpu(rng):
             criterion(x, triplets=triplets).sum().backward()
             criterion(*three).sum().backward()
             assert criterion.stats.active.is_cuda
+        for rules in itertools.product(("hard", "easy", "all"), ("hard", "semi_hard", "all")):
+            TripletLoss(mining=Mining(*rules))(x, y, memory=bank, ids=ids).backward()
+            bank.enqueue(x, y, ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

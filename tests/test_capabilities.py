@@ -15,7 +15,8 @@ from triplet_ext import _ops, build_info
 PACKAGE = pathlib.Path(triplet_ext.__file__).parent
 TESTS = pathlib.Path(__file__).parent
 # No kernel of csrc/cpu serves what these test, or they see to the instruction sets themselves, or they take a minute
-# for what surrounds the kernels (processes, training, reports) and call none that other files do not call.
+# for what surrounds the kernels (processes, training, torch's compiler and transforms, reports) and call none that
+# other files do not call.
 WITHOUT = {
     "test_attack.py",
     "test_benchmarks.py",
@@ -28,11 +29,13 @@ WITHOUT = {
     "test_distributed.py",
     "test_distributed_example.py",
     "test_documents.py",
+    "test_functorch.py",
     "test_gpu_report.py",
     "test_interrupt.py",
     "test_keras.py",
     "test_package.py",
     "test_sanitizers.py",
+    "test_torch_fit.py",
 }
 FILES = sorted(path.name for path in TESTS.glob("test_*.py") if path.name not in WITHOUT)
 of_the_processor = functools.cache(instruction_sets.of_the_processor)

@@ -659,7 +659,8 @@ for rules in (BATCH_ALL, SEMI_HARD, EASY, ("hard", "all")):
 SAME_RACES = {
     f"tiles-{name}"
     for name in (
-        "bands bfloat16-of-float32 common-mean cosine-half duplicates labels more-anchors no-common-label noise"
+        "bands bfloat16-of-float32 common-mean cosine cosine-half duplicates float16 labels more-anchors"
+        " no-common-label noise"
         " offset singletons tf32-noise tf32-not-finite tiny-rows zeros"
     ).split()
 }

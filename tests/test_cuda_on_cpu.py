@@ -65,14 +65,15 @@ def test_tiles_select_from_a_memory(rng, backend, thresholds, distance, ids):
             assert_same(indices, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rules", [rules for rules in STRATEGIES if "all" in rules], ids="x".join)
 def test_strategies_in_rounds(rng, backend, thresholds, rules, dtype):
     """Of few positives at a time, where the forward has saved few of them or none."""
-    x, y = rows(rng, 90, 3, dtype).requires_grad_(), torch.from_numpy(rng.integers(0, 3, 90))
-    r, z = rows(rng, 70, 3, dtype).requires_grad_(), torch.from_numpy(rng.integers(0, 3, 70))
+    x, y = rows(rng, 70, 3, dtype).requires_grad_(), torch.from_numpy(rng.integers(0, 3, 70))
+    r, z = rows(rng, 50, 3, dtype).requires_grad_(), torch.from_numpy(rng.integers(0, 3, 50))
     bank = MemoryBank(50, 3, dtype=dtype)
     bank.enqueue(rows(rng, 40, 3, dtype), torch.from_numpy(rng.integers(0, 3, 40)))
+    error = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for references in ({}, {"ref_embeddings": r, "ref_labels": z}, {"memory": bank}):
         leaves = [x, r] if "ref_labels" in references else [x]
 
@@ -83,13 +84,11 @@ def test_strategies_in_rounds(rng, backend, thresholds, rules, dtype):
             return [loss, *gradients_of(loss, leaves)]
 
         expected = run()
-        for chunk, slots, room in ((1, 1, 1), (5, 3, 100), (64, 16, 400)):
+        for chunk, slots, room in ((1, 1, 1), (5, 7, 100)):
             with thresholds(chunk=chunk, most_slots=slots, room_bytes=1, room_bytes_each=room):
                 for actual, wanted in zip(run(), expected):
-                    error = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
-                    torch.testing.assert_close(
-                        actual, wanted, rtol=error, atol=error * float(wanted.detach().abs().max())
-                    )
+                    size = float(wanted.detach().abs().max())
+                    torch.testing.assert_close(actual, wanted, rtol=error, atol=error * size)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

@@ -142,14 +142,11 @@ def implementation(device, kernels):
 def backend(request, device):
     """Compiled kernels; or, in their place, the plain-PyTorch definition, or the CUDA kernels as they run on a CPU."""
     compiled = [name for name in _ops.SCHEMAS if _ops.has_kernel(name, device)]
+    if request.param == "native" and not compiled:
+        pytest.skip(f"no compiled kernels for {device}: {_ops.why_not_compiled or 'not built'}")
+    kernels = {} if request.param == "native" else {name: getattr(reference, name) for name in compiled}
     if request.param == "cuda-on-cpu":
-        kernels = {name: getattr(reference, name) for name in compiled} | request.getfixturevalue("cuda_kernels")
-    elif request.param == "native":
-        if not compiled:
-            pytest.skip(f"no compiled kernels for {device}: {_ops.why_not_compiled or 'not built'}")
-        kernels = {}
-    else:
-        kernels = {name: getattr(reference, name) for name in compiled}
+        kernels |= request.getfixturevalue("cuda_kernels")
     with implementation(device, kernels):
         yield request.param
 

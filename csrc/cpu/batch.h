@@ -490,19 +490,17 @@ void select_not_finite(const Side<T>& a, const Side<T>& r, Allows allows, int64_
     while (i_end < a.count && a.klass[i_end] == a.klass[i]) ++i_end;
     while (begin < r.count && r.klass[begin] < a.klass[i]) ++begin;
     int64_t end = begin;
-    std::vector<int64_t> members, bad_members;
-    for (; end < r.count && r.klass[end] == a.klass[i]; ++end) {
-      members.push_back(r.order[end]);
+    std::vector<int64_t> bad_members;
+    for (; end < r.count && r.klass[end] == a.klass[i]; ++end)
       if (!r.finite[r.order[end]]) bad_members.push_back(r.order[end]);
-    }
     for (; i < i_end; ++i) {
       const int64_t o = a.order[i];
-      const auto first_of = [&](const std::vector<int64_t>& rows) {
-        const auto found = std::find_if(rows.begin(), rows.end(), [&](int64_t j) { return allows(o, j); });
-        return found == rows.end() ? int64_t(-1) : *found;
+      const auto first_of = [&](auto from, auto to) {
+        const auto found = std::find_if(from, to, [&](int64_t j) { return allows(o, j); });
+        return found == to ? int64_t(-1) : int64_t(*found);
       };
-      int64_t p = first_of(bad_members), n = bad.outside(r, a.labels[o]);
-      const int64_t first = first_of(members);
+      int64_t p = first_of(bad_members.begin(), bad_members.end()), n = bad.outside(r, a.labels[o]);
+      const int64_t first = first_of(r.order.begin() + begin, r.order.begin() + end);
       // Beside one that isn't finite, any will do where none was chosen.
       if (!a.finite[o] || (p < 0 && positive[o] < 0)) p = first;
       if (!a.finite[o] || (n < 0 && negative[o] < 0)) n = any.outside(r, a.labels[o]);

@@ -17,6 +17,8 @@
 
 namespace triplet_ext {
 
+constexpr int64_t kNoId = INT64_MIN;  // of a row in a memory: it is nobody's own
+
 // PNorm is torch.nn.TripletMarginLoss's |x - y + eps|_p, and brings torch's conventions at the kinks along.
 enum class Distance : int32_t { SquaredEuclidean, Euclidean, Cosine, PNorm };
 enum class Reduction : int32_t { Mean, MeanActive, Sum, None };

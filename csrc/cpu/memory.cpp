@@ -121,7 +121,7 @@ struct Call {
   }
 
   at::Tensor ids_behind_references(const at::Tensor& of) const {
-    return at::cat({at::full({r.size(0)}, Restriction::kNoId, of.options()), of});
+    return at::cat({at::full({r.size(0)}, kNoId, of.options()), of});
   }
 };
 
@@ -252,7 +252,7 @@ class Search {
       at::Tensor other_ids;
       Restriction restriction;
       if (call_.ids) {
-        const at::Tensor nobody = at::full({1}, Restriction::kNoId, at::kLong);
+        const at::Tensor nobody = at::full({1}, kNoId, at::kLong);
         other_ids = at::cat({call_.ids_behind_references(call_.memory_ids->index_select(0, taken)), nobody});
         restriction.ids = index_of(*call_.ids);
         restriction.other_ids = index_of(other_ids);

@@ -4,13 +4,13 @@
 #include <cstdint>
 
 #include "../ops.h"
+#include "../triplet.h"
 
 namespace triplet_ext {
 
 // Which references may be an anchor's positives, by row numbers of the caller. Those that may not have the anchor's
 // label, hence are no negatives either.
 struct Restriction {
-  static constexpr int64_t kNoId = INT64_MIN;
   const int64_t* ids = nullptr;        // [B], or null; a reference of an anchor's own id is left out
   const int64_t* other_ids = nullptr;  // [R]; kNoId: nobody's own
   const int64_t* given = nullptr;      // [B], or null; the only positive of each anchor, -1 if there is none

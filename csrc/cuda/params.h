@@ -85,7 +85,6 @@ struct Own {
   const int64_t *ids, *other_ids;  // [B], [R], kNoId: nobody's; null: there are none
 };
 constexpr int64_t kNobody = -(int64_t(1) << 40);  // far enough below every index for i + offset to meet none
-constexpr int64_t kNoId = INT64_MIN;
 
 // Batch-hard selection: what is asked for.
 struct SelectParams {
